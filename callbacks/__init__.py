@@ -1,0 +1,11 @@
+"""Lightning callbacks: when things happen. Imported as ``lit_moe.callbacks``."""
+
+if __name__ != "lit_moe.callbacks":
+    raise ImportError(
+        "import lit_moe.callbacks, not callbacks: the top-level folder is only where the files lie"
+    )
+
+from lit_moe.callbacks.export import ExportModel as ExportModel
+from lit_moe.callbacks.monitor import ExpertMonitor as ExpertMonitor
+from lit_moe.callbacks.one_shot import OneShotPruning as OneShotPruning
+from lit_moe.callbacks.report import ReportWriter as ReportWriter

@@ -1,0 +1,79 @@
+"""Exports the model when the fit is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning import Callback, Trainer
+
+from lit_moe.callbacks.report import report_writer
+from lit_moe.export import check_target, export
+from lit_moe.module import MoEModule
+from lit_moe.report.schema import Export
+
+
+class ExportModel(Callback):
+    """Writes a Hugging Face folder at the end of the fit, verified by reloading it.
+
+    Args:
+        path: the folder to make; relative to the run's folder unless absolute.
+        layout: for layers with different numbers of experts, see ``lit_moe.export.export``.
+        overwrite: replace an older export.
+        dtype: cast the weights before writing; None keeps those of training.
+        verify: reload the folder and compare logits.
+    """
+
+    def __init__(
+        self,
+        path: str = "model",
+        layout: Literal["auto", "per_layer_config", "padded"] = "auto",
+        overwrite: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        verify: bool = True,
+    ) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.layout = layout
+        self.overwrite = overwrite
+        self.verify = verify
+
+    def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
+        """Before the model is built. Refuses a taken path while nothing is computed yet."""
+        report_writer(trainer)
+        folder = self._folder(trainer)
+        if trainer.is_global_zero:
+            check_target(folder, overwrite=self.overwrite)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """After training. Measures what is left to measure and writes the folder on rank 0."""
+        writer = report_writer(trainer)
+        writer.measure_recovered(trainer, pl_module)
+        folder = self._folder(trainer)
+        if trainer.is_global_zero:
+            model = pl_module.built_model
+            if self.dtype is not None:
+                model.to(getattr(torch, self.dtype))
+            with writer.phase("export"):
+                result = export(
+                    model,
+                    folder,
+                    tokenizer=getattr(trainer.datamodule, "tokenizer", None),  # type: ignore[attr-defined]
+                    plan=pl_module.plan,
+                    report=writer.report.to_dict(),
+                    layout=self.layout,
+                    overwrite=self.overwrite,
+                    verify=self.verify,
+                )
+            writer.report.export = Export(
+                path=str(result.path),
+                max_abs_logit_difference=result.max_abs_logit_difference,
+                layout=result.layout,
+            )
+            writer.write()
+        trainer.strategy.barrier("export")
+
+    def _folder(self, trainer: Trainer) -> Path:
+        base = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: every rank asks
+        return Path(self.path) if Path(self.path).is_absolute() else base / self.path

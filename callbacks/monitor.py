@@ -1,0 +1,153 @@
+"""Watches how the experts are used while a model trains: scalars, heatmaps, the plan as text.
+
+L layers, E experts, N logged points in time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from lit_moe.adapters import adapter_for, find_sites
+from lit_moe.adapters.site import MoESite
+from lit_moe.module import MoEModule
+
+_PIXELS = 12
+
+
+class ExpertMonitor(Callback):
+    """Logs expert load to TensorBoard every ``every_n_steps`` training steps.
+
+    Scalars per layer: ``load_cv`` (standard deviation over mean of the tokens per expert, 0 =
+    even), ``unrouted`` (share of experts without a token), ``entropy`` (of the load, 1 = even).
+    Images: the load of each layer over time (rows experts, columns time) and the map of kept
+    experts. Text: the plan. Load is counted over all tokens since the last log, padding included,
+    summed over ranks.
+
+    Args:
+        every_n_steps: optimizer steps between two logs.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+        self.every_n_steps = every_n_steps
+        self._counts: dict[str, Tensor] = {}
+        self._history: dict[str, list[np.ndarray]] = {}
+        self._handles: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When training begins, also after a resume. Attaches the counters and logs the plan."""
+        model = pl_module.built_model
+        adapter = adapter_for(model.config)
+        for site in find_sites(model):
+            self._counts[site.name] = torch.zeros(site.num_experts, dtype=torch.float64)
+            count = self._counter(site)
+            if adapter.tap_kind(site) == "custom":
+                self._handles.append(adapter.attach_slots(model, site, _ids_of(count)))
+            else:
+                experts = model.get_submodule(site.experts)
+                hook = experts.register_forward_pre_hook(_index_of(count), with_kwargs=True)
+                self._handles.append(hook)
+        writer = _writer(trainer)
+        if writer is not None and pl_module.plan is not None:
+            text = "\n".join(
+                f"    {name}: {list(ids)}" for name, ids in pl_module.plan.kept.items()
+            )
+            writer.add_text("experts/plan", text, trainer.global_step)
+            writer.add_image(
+                "experts/kept", kept_map(pl_module.plan), trainer.global_step, dataformats="HW"
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: MoEModule, *_: Any) -> None:  # type: ignore[override]
+        """After each batch. Every ``every_n_steps`` steps reduces, logs and forgets the counts."""
+        if trainer.global_step % self.every_n_steps:
+            return
+        for name, counts in self._counts.items():
+            total = trainer.strategy.reduce(counts.clone().to(pl_module.device), reduce_op="sum")
+            load = torch.as_tensor(total).cpu()
+            counts.zero_()
+            if load.sum() == 0:
+                continue
+            self._history.setdefault(name, []).append((load / load.max()).numpy())
+            measures = {f"experts/{name}/{k}": v for k, v in load_measures(load).items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(measures, step=trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When training ends. Draws the load of each layer over time and detaches."""
+        writer = _writer(trainer)
+        for name, columns in self._history.items() if writer is not None else ():
+            image = enlarge(np.stack(columns, axis=1))
+            writer.add_image(f"experts/load/{name}", image, trainer.global_step, dataformats="HW")  # type: ignore[union-attr]
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
+        """When training breaks. Detaches."""
+        self._detach()
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _counter(self, site: MoESite) -> Callable[[Tensor], None]:
+        counts = self._counts[site.name]
+
+        def count(expert_ids: Tensor) -> None:
+            ids = expert_ids.detach().reshape(-1).cpu()
+            counts.add_(torch.bincount(ids[ids < len(counts)], minlength=len(counts)))
+
+        return count
+
+
+def load_measures(load_E: Tensor) -> dict[str, float]:
+    """Return ``load_cv``, ``unrouted`` and ``entropy`` of the tokens per expert."""
+    share = load_E / load_E.sum()
+    logs = share.clamp(min=1e-30).log()
+    return {
+        "load_cv": float(load_E.std(unbiased=False) / load_E.mean()),
+        "unrouted": float((load_E == 0).double().mean()),
+        "entropy": float(-(share * logs).sum() / math.log(max(len(load_E), 2))),
+    }
+
+
+def kept_map(plan: Any) -> np.ndarray:
+    """Return an image of the plan: rows layers, columns experts, 1 where an expert stays."""
+    image = np.zeros((len(plan.kept), max(plan.num_experts.values())))
+    for row, (name, ids) in enumerate(plan.kept.items()):
+        image[row, : plan.num_experts[name]] = 0.3
+        image[row, list(ids)] = 1.0
+    return enlarge(image)
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """Return the image with each value as a square of pixels, so that it can be seen."""
+    return np.kron(image, np.ones((_PIXELS, _PIXELS)))
+
+
+def _index_of(count: Callable[[Tensor], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        count(args[1] if len(args) > 1 else kwargs["top_k_index"])
+
+    return hook
+
+
+def _ids_of(count: Callable[[Tensor], None]) -> Callable[..., None]:
+    return lambda expert_ids, *_: count(expert_ids)
+
+
+def _writer(trainer: Trainer) -> SummaryWriter | None:
+    """Return the TensorBoard writer on rank 0, if the run has one."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            return logger.experiment
+    return None

@@ -1,0 +1,197 @@
+"""Keeps the record of a run: phases, quality at each stage, the report files, the last screen."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_moe.accounting import count_parameters
+from lit_moe.adapters import find_sites
+from lit_moe.adapters.site import MoESite
+from lit_moe.errors import NotAnMoEError
+from lit_moe.evaluate import evaluate_perplexity
+from lit_moe.module import MoEModule
+from lit_moe.report import (
+    Change,
+    RunReport,
+    draw_figures,
+    summary_table,
+    write_json,
+    write_markdown,
+)
+
+JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
+
+
+class ReportWriter(Callback):
+    """Writes ``report.json``, ``report.md`` and figures into the logger's folder.
+
+    Every run has one: callbacks that prune or export add it when the config does not. The JSON file
+    is rewritten after each stage, so that a killed run leaves what it had found.
+
+    Args:
+        measure_quality: evaluate the test split before pruning, after it, and after recovery.
+        figures: draw PNG figures (needs matplotlib: ``pip install 'lit-moe[plots]'``).
+    """
+
+    def __init__(self, measure_quality: bool = True, figures: bool = True) -> None:
+        self.measure_quality = measure_quality
+        self.figures = figures
+        self.scores: dict[str, Tensor] = {}
+        self.loads: dict[str, Tensor] = {}
+        self._report: RunReport | None = None
+        self._folder: Path | None = None
+        self._show = True
+
+    @property
+    def report(self) -> RunReport:
+        """What the run knows so far."""
+        if self._report is None:
+            raise RuntimeError("the report begins when the model is built, which it is not yet")
+        return self._report
+
+    def on_model_built(self, trainer: Trainer, module: MoEModule) -> None:
+        """When the model is built, before any callback changes it. Counts what there is."""
+        if self._report is not None:
+            return
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        # trainer.log_dir is a collective: every rank must ask.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._show = trainer.is_global_zero
+        self._report = RunReport.start(
+            source=module.model_name_or_path,
+            family=module.built_model.config.model_type,
+            seed=None if seed is None else int(seed),
+        )
+        self.count(module, "before")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """After training, or at once if there is none. Measures what is left and writes all."""
+        self.measure_recovered(trainer, pl_module)
+        self.report.status = "finished"
+        self.write()
+        if self._show:
+            figures = self._draw() if self.figures else []
+            write_markdown(self.report, self.folder / MARKDOWN_NAME, figures=figures)
+
+    def teardown(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
+        """Last of all, below the progress bars. Prints the table and where things are."""
+        if self._show and self._report is not None and self._report.status == "finished":
+            self._print(trainer)
+
+    @property
+    def folder(self) -> Path:
+        """The logger's folder, or the trainer's root if there is no logger."""
+        if self._folder is None:
+            raise RuntimeError("the report begins when the model is built, which it is not yet")
+        return self._folder
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside the block to a phase of the report."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.report.seconds
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def count(self, module: MoEModule, moment: str) -> None:
+        """Record parameters and bytes ``before`` or ``after``."""
+        model = module.built_model
+        parameters, active = count_parameters(model, _sites(model))
+        tensors = chain(model.parameters(), model.buffers())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        values = {"parameters": parameters, "active_parameters": active, "bytes": size}
+        for name, value in values.items():
+            change: Change = getattr(self.report, name)
+            setattr(change, moment, value)
+            if moment == "before":
+                change.after = value
+
+    def measure(self, trainer: Trainer, module: MoEModule, stage: str) -> None:
+        """Evaluate the test split on all ranks and record it under ``stage``."""
+        data = getattr(trainer, "datamodule", None)
+        if not self.measure_quality or not hasattr(data, "test_share"):
+            return
+        loader, domains = data.test_share(rank=trainer.global_rank, world_size=trainer.world_size)
+        bar = track(
+            loader, description=f"evaluating: {stage}", total=len(loader), disable=not self._show
+        )
+        with self.phase(f"evaluate_{stage}"):
+            quality = evaluate_perplexity(module.built_model, bar, domains)
+        self.report.quality[stage] = quality
+        self._log(trainer, stage)
+        self.write()
+
+    def measure_recovered(self, trainer: Trainer, module: MoEModule) -> None:
+        """Record the stage after training, once; nothing if no step was taken."""
+        if trainer.global_step == 0 or "recovered" in self.report.quality:
+            return
+        self.measure(trainer, module, "recovered" if "pruned" in self.report.quality else "trained")
+
+    def write(self) -> None:
+        """Write the JSON file on rank 0, in one step."""
+        if self._show:
+            write_json(self.report, self.folder / JSON_NAME)
+
+    def on_train_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When training begins. Starts its clock."""
+        self._train_start = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When training ends. Stops its clock."""
+        self.report.seconds["train"] = time.perf_counter() - self._train_start
+
+    def _log(self, trainer: Trainer, stage: str) -> None:
+        quality = self.report.quality[stage]
+        step = len(self.report.quality) - 1
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                values = {"perplexity": quality.perplexity, "bits_per_byte": quality.bits_per_byte}
+                for name, value in values.items():
+                    logger.experiment.add_scalar(f"quality/{name}_by_stage", value, step)
+
+    def _draw(self) -> list[Path]:
+        return draw_figures(self.report, self.folder, scores=self.scores, loads=self.loads)
+
+    def _print(self, trainer: Trainer) -> None:
+        console = Console()
+        console.print(summary_table(self.report))
+        lines: dict[str, Any] = {
+            "report": self.folder / MARKDOWN_NAME,
+            "tensorboard": f"tensorboard --logdir {self.folder}",
+            "model": self.report.export and self.report.export.path,
+        }
+        for name, value in lines.items():
+            if value:
+                console.print(f"{name + ':':<12} {value}", soft_wrap=True, highlight=False)
+
+
+def _sites(model: PreTrainedModel) -> tuple[MoESite, ...]:
+    try:
+        return find_sites(model)
+    except NotAnMoEError:  # training a dense model is odd, but no reason to stop
+        return ()
+
+
+def report_writer(trainer: Trainer) -> ReportWriter:
+    """Return the run's report writer, adding one if there is none."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ReportWriter):
+            return callback
+    writer = ReportWriter()
+    trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+    return writer

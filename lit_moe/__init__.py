@@ -1,0 +1,53 @@
+"""Train and compress sparse Mixture-of-Experts models with PyTorch Lightning.
+
+Without a trainer, in five lines::
+
+    stats = lit_moe.observe(model, batches)
+    scores = lit_moe.score(stats, "reap")
+    plan = lit_moe.select(scores, keep_ratio=0.5)
+    lit_moe.shrink(model, plan)
+    lit_moe.export(model, path)
+
+Public names are imported on first use, so that ``import lit_moe`` and ``lit-moe --help`` are quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_moe.checkpoints import load as load
+    from lit_moe.criteria import score as score
+    from lit_moe.export import export as export
+    from lit_moe.masking import masked as masked
+    from lit_moe.module import MoEModule as MoEModule
+    from lit_moe.plan import KeepPlan as KeepPlan
+    from lit_moe.selection import select as select
+    from lit_moe.stats import observe as observe
+    from lit_moe.surgery import shrink as shrink
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "KeepPlan": "lit_moe.plan",
+    "MoEModule": "lit_moe.module",
+    "load": "lit_moe.checkpoints",
+    "masked": "lit_moe.masking",
+    "observe": "lit_moe.stats",
+    "score": "lit_moe.criteria",
+    "select": "lit_moe.selection",
+    "shrink": "lit_moe.surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name == "export":
+        return import_module("lit_moe.export")  # a package that can be called
+    raise AttributeError(f"module 'lit_moe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, "export"])

@@ -1,0 +1,137 @@
+"""The command line: ``fit | validate | test | predict | inspect``; only this file knows argv."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import glob
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from lit_moe.errors import LitMoEError
+
+USAGE = """\
+usage: lit-moe <command> [options]
+
+Train and compress sparse Mixture-of-Experts models with PyTorch Lightning.
+
+commands:
+  fit        calibrate, prune, recover, export: whatever the config file says
+  validate   run the validation loop
+  test       run the test loop
+  predict    run the prediction loop
+  inspect    show the experts of a checkpoint without loading its weights
+
+examples:
+  lit-moe fit --config configs/quickstart.yaml
+  lit-moe fit --config configs/one_shot/reap.yaml --model.init_args.model_name_or_path FOLDER
+  lit-moe inspect FOLDER_OR_HUB_ID
+
+lit-moe <command> --help lists the options of a command.
+`lightning` and `python -m lit_moe` are the same program.
+"""
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = (*TRAINER_COMMANDS, "inspect")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: words after the program's name; None takes those of the process.
+
+    Returns:
+        0 when done, 2 for a request that cannot be met (one sentence on standard error).
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        return _run(args)
+    except LitMoEError as error:
+        print(f"lit-moe: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: list[str]) -> int:
+    if args[0] == "--version":
+        from lit_moe import __version__
+
+        print(f"lit-moe {__version__}")
+        return 0
+    if args[0] in TRAINER_COMMANDS:
+        return _train(args)
+    if args[0] == "inspect":
+        return _inspect(args[1:])
+    return _foreign(args)
+
+
+def _train(args: list[str]) -> int:
+    _silence_third_parties()
+    from lit_moe.commands import run_trainer
+
+    # Lightning reads sys.argv, also to start further ranks as processes of their own.
+    sys.argv = [sys.argv[0], *args]
+    run_trainer()
+    return 0
+
+
+def _inspect(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lit-moe inspect",
+        description="Show the experts of a checkpoint without loading its weights.",
+    )
+    parser.add_argument("model", help="folder, hub id, or `embedded`")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(args)
+
+    from rich.console import Console
+
+    from lit_moe.assets import resolve_model
+    from lit_moe.inspection import inspect_model, render
+
+    inspection = inspect_model(resolve_model(options.model))
+    if options.json:
+        print(json.dumps(inspection.to_dict(), indent=2))
+    else:
+        Console().print(render(inspection))
+    return 0
+
+
+def _foreign(args: list[str]) -> int:
+    """Hand a word that is not ours to lightning-sdk, if it is there; it owns `lightning` too."""
+    for script in entry_points(group="console_scripts", name="lightning"):
+        if script.dist is not None and script.dist.name.replace("_", "-") == "lightning-sdk":
+            sys.argv = [sys.argv[0], *args]
+            result: Any = script.load()()
+            return int(result or 0)
+    near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise LitMoEError(f"there is no command {args[0]!r}{hint} (commands: {', '.join(COMMANDS)})")
+
+
+def _silence_third_parties() -> None:
+    """Drop notices that a user of lit-moe can do nothing about."""
+    for message in (
+        ".*LeafSpec.*is deprecated.*",  # lightning's use of torch's pytree
+        ".*does not have many workers.*",  # blocks are in memory: workers only cost
+        ".*all_gather_into_tensor.*deprecated.*",  # deepspeed's use of torch.distributed
+        ".*in eval mode at the start of training.*",  # the frozen teacher is meant to be
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # lightning still calls what jsonargparse has renamed.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    # Without it, deepspeed warns on each import that it looked for a GPU and found none.
+    if not glob.glob("/dev/nvidia*"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()  # advertisements
+    )

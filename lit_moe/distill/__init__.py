@@ -1,0 +1,1 @@
+"""Losses of recovery: next token, distillation from a teacher, load balance."""

@@ -1,0 +1,8 @@
+"""Measures of quality: perplexity on fixed blocks, multiple choice by log-likelihood."""
+
+from lit_moe.evaluate.harness import evaluate_harness as evaluate_harness
+from lit_moe.evaluate.multiple_choice import evaluate_multiple_choice as evaluate_multiple_choice
+from lit_moe.evaluate.multiple_choice import load_questions as load_questions
+from lit_moe.evaluate.perplexity import Perplexity as Perplexity
+from lit_moe.evaluate.perplexity import Quality as Quality
+from lit_moe.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity

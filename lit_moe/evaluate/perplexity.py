@@ -1,0 +1,127 @@
+"""Perplexity on fixed blocks, with its standard error, per token and per byte, per domain."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from lit_moe.distill.losses import next_token_nll
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts held-out text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per predicted token.
+        stderr: its standard error over blocks (delta method: perplexity x error of the mean).
+        bits_per_byte: comparable between tokenizers.
+        tokens: predicted tokens.
+        tokens_per_second: wall-clock speed of the evaluation, 0 if not measured.
+        domains: domain -> its perplexity.
+    """
+
+    perplexity: float
+    stderr: float
+    bits_per_byte: float
+    tokens: int
+    tokens_per_second: float = 0.0
+    domains: dict[str, float] = field(default_factory=dict)
+
+
+class Perplexity(Metric):
+    """Accumulates sums per domain, reduced over ranks by torchmetrics.
+
+    Args:
+        domains: names in the order of the domain index in the batches.
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, domains: Sequence[str]) -> None:
+        super().__init__()
+        self.domains = tuple(domains)
+        # Rows: nll, squared block mean, tokens, blocks, bytes.
+        zeros = torch.zeros(5, len(self.domains), dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+
+    def update(
+        self, nll_BS: Tensor, mask_BS: Tensor, domain_B: Tensor, num_bytes_B: Tensor
+    ) -> None:
+        """Add blocks.
+
+        Args:
+            nll_BS: nats per predicted token, 0 where masked.
+            mask_BS: 1 where a predicted token counts.
+            domain_B: domain index per block.
+            num_bytes_B: bytes of the predicted text per block.
+        """
+        nll, tokens = nll_BS.double().sum(dim=1), mask_BS.double().sum(dim=1)
+        mean = nll / tokens.clamp(min=1)
+        rows = torch.stack([nll, mean**2, tokens, torch.ones_like(nll), num_bytes_B.double()])
+        self.sums.index_add_(1, domain_B, rows)
+
+    def compute(self) -> Tensor:
+        """Return the sums over ranks, shape ``(5, domains)``."""
+        return self.sums
+
+    def quality(self) -> Quality:
+        """Return the quality over all domains together and the perplexity of each.
+
+        Collective: every rank must call it.
+        """
+        sums = self.compute().cpu()
+        nll, squares, tokens, blocks, num_bytes = sums.sum(dim=1).tolist()
+        mean = nll / max(tokens, 1)
+        variance = max(squares / max(blocks, 1) - mean**2, 0.0) / max(blocks - 1, 1)
+        perplexity = math.exp(min(mean, 700.0))
+        per_domain = {
+            name: math.exp(min(float(sums[0, i] / sums[2, i]), 700.0))
+            for i, name in enumerate(self.domains)
+            if sums[2, i] > 0
+        }
+        return Quality(
+            perplexity=perplexity,
+            stderr=perplexity * math.sqrt(variance),
+            bits_per_byte=nll / math.log(2) / max(num_bytes, 1),
+            tokens=int(tokens),
+            domains=per_domain,
+        )
+
+
+@torch.no_grad()
+def evaluate_perplexity(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], domains: Sequence[str]
+) -> Quality:
+    """Measure a model on batches of blocks, in evaluation mode, on its own device.
+
+    With a process group each rank passes its own share; all ranks must call this and all get the
+    result over all shares.
+
+    Args:
+        model: any causal language model.
+        batches: dictionaries with ``input_ids``, ``attention_mask``, ``domain``, ``num_bytes``.
+        domains: names of the domain indices.
+    """
+    was_training = model.training
+    metric = Perplexity(domains).to(model.device)
+    model.eval()
+    start, tokens = time.perf_counter(), 0
+    for cpu_batch in batches:
+        batch = {key: value.to(model.device) for key, value in cpu_batch.items()}
+        mask = batch["attention_mask"]
+        logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits
+        nll = next_token_nll(logits, batch["input_ids"], mask)
+        metric.update(nll, mask[:, 1:], batch["domain"], batch["num_bytes"])
+        tokens += mask.numel()
+    seconds = time.perf_counter() - start
+    model.train(was_training)
+    return replace(metric.quality(), tokens_per_second=tokens / max(seconds, 1e-9))

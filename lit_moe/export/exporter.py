@@ -1,0 +1,180 @@
+"""Write a model as a Hugging Face folder that loads, or write nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from lit_moe.adapters import find_sites
+from lit_moe.export.documents import write_documents
+from lit_moe.export.padding import padded
+from lit_moe.export.remote_code import (
+    check_loadable,
+    forget_remote_code,
+    loads_without_help,
+    write_remote_code,
+)
+from lit_moe.export.staging import check_space, check_target, staged
+from lit_moe.export.verification import max_logit_difference
+from lit_moe.heterogeneous import (
+    GLOBAL_VALUES_READABLE,
+    global_values_readable,
+    heterogeneous_configs,
+)
+from lit_moe.plan import KeepPlan
+
+Layout = Literal["plain", "per_layer_config", "padded"]
+
+_LOG = logging.getLogger(__name__)
+_SHARD_SIZE = "5GB"
+_ROOM_FOR_SMALL_FILES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export left behind.
+
+    Attributes:
+        path: the folder.
+        max_abs_logit_difference: between the model in memory and the reloaded folder; None if the
+            export was not verified.
+        layout: ``plain`` (all layers alike), ``per_layer_config`` (counts per layer; needs
+            lit-moe's loader or the remote code in the folder) or ``padded`` (loads as plain).
+    """
+
+    path: Path
+    max_abs_logit_difference: float | None
+    layout: Layout
+
+
+def export(  # noqa: PLR0913 - all but the first two are options with defaults
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    plan: KeepPlan | None = None,
+    report: Mapping[str, Any] | None = None,
+    layout: Literal["auto", "per_layer_config", "padded"] = "auto",
+    overwrite: bool = False,
+    verify: bool = True,
+) -> ExportResult:
+    """Write ``model`` as a Hugging Face folder with the key layout of its family.
+
+    Atomic: the folder appears under its name only when it is complete and verified. Models whose
+    layers all have the same number of experts load with plain transformers. Call on one rank only.
+
+    Args:
+        model: whole, on one rank; not changed.
+        path: the folder to make.
+        tokenizer: saved beside the model; anything with ``save_pretrained``.
+        plan: how the experts were chosen, saved as ``lit_moe_plan.json``.
+        report: what the run knows so far (see :mod:`lit_moe.report`), saved as ``report.json`` and
+            used in the model card.
+        layout: for layers that keep different numbers of experts. ``auto`` is
+            ``per_layer_config``; ``padded`` fills up with experts that are never chosen, which
+            plain transformers loads, where the router has a bias to say so.
+        overwrite: replace an older model folder at ``path``.
+        verify: reload the folder and compare weights and logits; holds a second copy of the model.
+
+    Raises:
+        ExportError: if the path is taken, the disk is full, or the folder does not reload as the
+            same model. Nothing is left behind then, and an older folder is untouched.
+    """
+    target = check_target(path, overwrite=overwrite)
+    weights, config, chosen = _prepared(model, layout)
+    needed = _num_bytes(weights) + _ROOM_FOR_SMALL_FILES
+    check_space(target, needed)
+    with staged(target, needed, overwrite=overwrite) as folder:
+        with global_values_readable():  # transformers reads every key of the config while it saves
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=_SHARD_SIZE)
+        del weights
+        _write_config(model, config, chosen, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        difference = _verified(model, folder, chosen) if verify else None
+        result = ExportResult(target, difference, chosen)
+        write_documents(folder, model, result=_as_dict(result), plan=plan, report=report)
+    _LOG.info("exported to %s (largest logit difference after reload: %s)", target, difference)
+    return result
+
+
+def _prepared(
+    model: PreTrainedModel, layout: str
+) -> tuple[dict[str, Tensor], PreTrainedConfig, Layout]:
+    """Return tensors by name in the model, the config that goes with them, and the layout."""
+    sites = find_sites(model)
+    weights, config = model.state_dict(), model.config
+    chosen: Layout = "plain"
+    if heterogeneous_configs(config):
+        chosen = "padded" if layout == "padded" else "per_layer_config"
+    if chosen == "padded":
+        weights, config = padded(model, sites, weights)
+    if chosen == "per_layer_config":
+        check_loadable(model)
+    # Selection compares nearly equal scores: serving engines read these biases as they are stored.
+    biases = [a for s in sites for a in s.axes if a.kind in ("router", "select_bias")]
+    for name in {a.name for a in biases if a.kind == "select_bias" or weights[a.name].ndim == 1}:
+        if weights[name].is_floating_point():
+            weights[name] = weights[name].float()
+    return weights, config, chosen
+
+
+def _write_config(
+    model: PreTrainedModel, config: PreTrainedConfig, layout: Layout, folder: Path
+) -> None:
+    """Complete the config.json that ``save_pretrained`` wrote for the model in memory."""
+    file = folder / CONFIG_NAME
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if layout == "padded":
+        config.architectures, config.dtype = content["architectures"], content["dtype"]
+        content = json.loads(config.to_json_string())
+    forget_remote_code(model, content, folder)
+    if layout == "per_layer_config":
+        content["auto_map"] = write_remote_code(model, folder)
+    _drop_switch(content)
+    _write_json(content, file)
+    if layout == "per_layer_config" and not loads_without_help(folder):
+        content[GLOBAL_VALUES_READABLE] = True
+        _write_json(content, file)
+
+
+def _drop_switch(content: dict[str, Any]) -> None:
+    content.pop(GLOBAL_VALUES_READABLE, None)
+    for part in content.values():
+        if isinstance(part, dict):
+            _drop_switch(part)
+
+
+def _write_json(content: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _verified(model: PreTrainedModel, folder: Path, layout: Layout) -> float:
+    return max_logit_difference(
+        model,
+        folder,
+        own_loader=layout == "per_layer_config",
+        same_shapes=layout != "padded",
+    )
+
+
+def _as_dict(result: ExportResult) -> dict[str, Any]:
+    return {
+        "path": str(result.path),
+        "max_abs_logit_difference": result.max_abs_logit_difference,
+        "layout": result.layout,
+    }
+
+
+def _num_bytes(weights: Mapping[str, Tensor]) -> int:
+    """Bytes on disk; tensors that share memory (tied embeddings) are written once."""
+    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in weights.values()}
+    return sum(sizes.values())

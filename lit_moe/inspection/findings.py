@@ -1,0 +1,104 @@
+"""What an inspection finds, as frozen values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer.
+
+    Attributes:
+        name: dotted path of the block.
+        num_experts: routed experts.
+        top_k: experts per token.
+        num_groups: groups of group-limited routing, 1 if there are none.
+        top_k_groups: groups that a token may use.
+        num_shared: experts that every token uses.
+        routing: ``softmax``, ``sigmoid`` or ``custom``.
+        renormalised: whether the chosen weights are divided by their sum; None if it depends.
+        legal_counts: expert counts that the router can work with, ascending.
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    num_groups: int
+    top_k_groups: int
+    num_shared: int
+    routing: str
+    renormalised: bool | None
+    legal_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters (with persistent buffers) and their bytes in the dtype of the config."""
+
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What keeping about ``keep_ratio`` of the experts of every layer would leave.
+
+    Attributes:
+        keep_ratio: asked for.
+        experts: smallest and largest legal number per layer that is nearest to it.
+        parameters: of the whole model.
+        bytes: of the whole model.
+        saved_bytes: compared with now.
+        size_ratio: bytes then over bytes now.
+    """
+
+    keep_ratio: float
+    experts: tuple[int, int]
+    parameters: int
+    bytes: int
+    saved_bytes: int
+    size_ratio: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``inspect_model`` found.
+
+    Attributes:
+        name: folder or hub id.
+        family: model type.
+        architecture: class that loads it.
+        dtype: of the weights, as the config says.
+        layers: the MoE layers.
+        dense_layers: layers of the same stack without experts.
+        parameters: of the whole model, shared ones once.
+        active_parameters: that one token meets; embeddings and head count in full.
+        parts: part -> size; sums up to the whole.
+        savings: one for each keep ratio.
+        notes: sentences that a reader of the numbers must know.
+    """
+
+    name: str
+    family: str
+    architecture: str
+    dtype: str
+    layers: tuple[Layer, ...]
+    dense_layers: int
+    parameters: int
+    active_parameters: int
+    parts: Mapping[str, Size]
+    savings: tuple[Saving, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole model."""
+        return sum(size.bytes for size in self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {**dataclasses.asdict(self), "bytes": self.bytes}

@@ -1,0 +1,81 @@
+"""Hugging Face models, loaded or made from an architecture given in YAML."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lit_moe.assets import resolve_model
+from lit_moe.checkpoints import load
+from lit_moe.errors import LitMoEError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def build_model(
+    name_or_path: str,
+    *,
+    architecture: dict[str, Any] | None = None,
+    dtype: DType = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Return a model in evaluation mode, on the CPU.
+
+    Args:
+        name_or_path: folder, hub id, or ``embedded``; also a folder that lit-moe exported with
+            different numbers of experts per layer.
+        architecture: fields of a transformers config with ``model_type``; then weights are random
+            (under torch's current seed) and ``name_or_path`` only names the tokenizer.
+        dtype: of the weights; ``auto`` takes the checkpoint's own.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        LitMoEError: if ``architecture`` lacks a known ``model_type``, or the folder is missing or
+            damaged.
+    """
+    if architecture is not None:
+        return _from_architecture(architecture, dtype).eval()
+    source = resolve_model(name_or_path)
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    return load(source, dtype=dtype, **options).eval()
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy in evaluation mode whose parameters take no gradient."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer_size: int, tokenizer_name: str) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for.
+
+    Args:
+        model: any language model.
+        tokenizer_size: number of ids that the tokenizer can give.
+        tokenizer_name: named in the message.
+
+    Raises:
+        LitMoEError: with both sizes.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer_size > rows:
+        raise LitMoEError(
+            f"tokenizer {tokenizer_name!r} has {tokenizer_size} ids, but "
+            f"{type(model).__name__} has embeddings for only {rows}: give the model's own "
+            "tokenizer (data.init_args.tokenizer)"
+        )
+
+
+def _from_architecture(architecture: dict[str, Any], dtype: DType) -> PreTrainedModel:
+    fields = dict(architecture)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise LitMoEError(f"architecture needs a model_type; it has only {sorted(fields)}")
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise LitMoEError(f"architecture cannot be built: {error}") from error
+    chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=chosen)

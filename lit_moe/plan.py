@@ -1,0 +1,149 @@
+"""The plan: what a pruning method decided, as a small frozen value.
+
+Everything before a plan only reads the model; everything after it never sees a statistic. A plan
+is compared, saved, broadcast, replayed from a file, and put into checkpoints and reports.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_moe.errors import PlanError
+
+FORMAT = "lit-moe/keep-plan/1"
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """Which experts stay.
+
+    Attributes:
+        kept: MoE layer name -> ascending expert ids in the numbering of the unpruned model.
+        num_experts: MoE layer name -> number of routed experts before pruning.
+
+    Raises:
+        PlanError: if an id is out of range, repeated or out of order, a layer keeps nothing, or
+            the two mappings name different layers.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    num_experts: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", {k: tuple(v) for k, v in self.kept.items()})
+        object.__setattr__(self, "num_experts", dict(self.num_experts))
+        if set(self.kept) != set(self.num_experts):
+            odd = sorted(set(self.kept) ^ set(self.num_experts))
+            raise PlanError(f"plan names layers {odd} in only one of `kept` and `num_experts`")
+        for layer, ids in self.kept.items():
+            _check_ids(layer, ids, self.num_experts[layer])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kept)
+
+    @classmethod
+    def identity(cls, num_experts: Mapping[str, int]) -> KeepPlan:
+        """Return the plan that keeps every expert."""
+        return cls({k: tuple(range(n)) for k, n in num_experts.items()}, num_experts)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is dropped."""
+        return all(len(ids) == self.num_experts[layer] for layer, ids in self.kept.items())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers keep the same number of experts."""
+        return len({len(ids) for ids in self.kept.values()}) <= 1
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Layer name -> number of experts kept."""
+        return {layer: len(ids) for layer, ids in self.kept.items()}
+
+    @property
+    def keep_ratio(self) -> float:
+        """Kept experts over all experts, in (0, 1]."""
+        return sum(self.counts.values()) / sum(self.num_experts.values())
+
+    def dropped(self, layer: str) -> tuple[int, ...]:
+        """Return the ascending ids of the experts of ``layer`` that go."""
+        stay = set(self.kept[layer])
+        return tuple(e for e in range(self.num_experts[layer]) if e not in stay)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists and numbers, as stored in JSON and in checkpoints."""
+        layers = {
+            layer: {"num_experts": self.num_experts[layer], "kept": list(ids)}
+            for layer, ids in self.kept.items()
+        }
+        return {"format": FORMAT, "layers": layers}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KeepPlan:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            PlanError: if ``data`` is not a keep plan of this format.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise PlanError(f"not a keep plan: expected format {FORMAT!r}, found {found!r}")
+        try:
+            layers = data["layers"]
+            kept = {k: tuple(int(e) for e in v["kept"]) for k, v in layers.items()}
+            return cls(kept, {k: int(v["num_experts"]) for k, v in layers.items()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"keep plan is damaged: {error!r} is missing or malformed") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> KeepPlan:
+        """Read a plan written by :meth:`save`.
+
+        Raises:
+            PlanError: if the file is missing, is not JSON, or holds no keep plan.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise PlanError(f"plan file {path} does not exist") from error
+        except json.JSONDecodeError as error:
+            raise PlanError(f"plan file {path} is not JSON: {error}") from error
+
+    def check_fits(self, num_experts: Mapping[str, int]) -> None:
+        """Refuse a plan made for another model.
+
+        Args:
+            num_experts: layer name -> expert count of the model at hand.
+
+        Raises:
+            PlanError: naming the first layer that differs.
+        """
+        for layer in sorted(set(self.num_experts) | set(num_experts)):
+            mine, theirs = self.num_experts.get(layer), num_experts.get(layer)
+            if mine != theirs:
+                raise PlanError(
+                    f"plan was made for another model: layer {layer!r} has "
+                    f"{_count(mine)} in the plan and {_count(theirs)} in the model"
+                )
+
+
+def _count(num: int | None) -> str:
+    return "no entry" if num is None else f"{num} experts"
+
+
+def _check_ids(layer: str, ids: tuple[int, ...], num_experts: int) -> None:
+    if not ids:
+        raise PlanError(f"plan keeps no expert in layer {layer!r}; at least 1 must stay")
+    if list(ids) != sorted(set(ids)):
+        raise PlanError(f"kept experts of layer {layer!r} must ascend without repeats: {ids}")
+    if ids[0] < 0 or ids[-1] >= num_experts:
+        raise PlanError(f"layer {layer!r} has experts 0 to {num_experts - 1}, plan keeps {ids}")

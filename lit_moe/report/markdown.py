@@ -1,0 +1,103 @@
+"""The report for people: the same facts as report.json, in reading order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lit_moe.quantities import ids_as_ranges
+from lit_moe.report.schema import RunReport
+from lit_moe.report.table import stages, summary_rows
+
+
+def to_markdown(report: RunReport, *, figures: Sequence[str] = ()) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        report: of a run, finished or not.
+        figures: image paths to show, relative to where the text will lie.
+    """
+    sections = [
+        _head(report),
+        _table(["", *stages(report)], ([label, *cells] for label, cells in summary_rows(report))),
+        _domains(report),
+        _warnings(report),
+        _choice(report),
+        "\n".join(f"![{name}]({name})\n" for name in figures),
+        _layers(report),
+        _seconds(report),
+        _environment(report),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _head(report: RunReport) -> str:
+    running = "" if report.status == "finished" else "\nThe run is not finished.\n"
+    return f"# {report.source}\n\nFamily `{report.family}`, seed {report.seed}.\n{running}"
+
+
+def _domains(report: RunReport) -> str:
+    names = list(dict.fromkeys(d for q in report.quality.values() for d in q.domains))
+    if len(names) < 2:
+        return ""
+    rows = []
+    for name in names:
+        values = [q.domains.get(name) for q in report.quality.values()]
+        rows.append([name, *("-" if v is None else f"{v:.4g}" for v in values)])
+    return "## Perplexity by domain\n\n" + _table(["domain", *report.quality], rows)
+
+
+def _warnings(report: RunReport) -> str:
+    if not report.warnings:
+        return ""
+    return "## To know\n\n" + "\n".join(f"- {warning}" for warning in report.warnings) + "\n"
+
+
+def _choice(report: RunReport) -> str:
+    if not report.experts:
+        return ""
+    before = sum(layer.before for layer in report.experts.values())
+    kept = sum(len(layer.kept) for layer in report.experts.values())
+    unrouted = sum(len(ids) for ids in report.unrouted.values())
+    lines = [f"- kept {kept} of {before} routed experts ({kept / before:.0%})"]
+    if report.criterion:
+        lines.append(f"- criterion `{report.criterion}`")
+    if report.calibration.tokens:
+        lines.append(f"- observed on {report.calibration.tokens:,} tokens")
+        lines.append(f"- experts that saw no token: {unrouted}")
+    if report.protected:
+        total = sum(len(ids) for ids in report.protected.values())
+        lines.append(f"- protected whatever their score: {total}")
+    lines.append(f"- shared experts: {report.shared_experts}")
+    if report.export:
+        lines.append(f"- exported to `{report.export.path}` ({report.export.layout})")
+        if (difference := report.export.max_abs_logit_difference) is not None:
+            lines.append(f"- largest logit difference after reloading it: {difference:.3g}")
+    return "## What was done\n\n" + "\n".join(lines) + "\n"
+
+
+def _layers(report: RunReport) -> str:
+    rows = [
+        [f"`{name}`", str(layer.before), str(len(layer.kept)), ids_as_ranges(layer.kept)]
+        for name, layer in report.experts.items()
+    ]
+    if not rows:
+        return ""
+    return "## Experts kept\n\n" + _table(["layer", "before", "kept", "ids"], rows)
+
+
+def _seconds(report: RunReport) -> str:
+    if not report.seconds:
+        return ""
+    rows = [[phase, f"{seconds:.1f}"] for phase, seconds in report.seconds.items()]
+    return "## Time\n\n" + _table(["phase", "seconds"], rows)
+
+
+def _environment(report: RunReport) -> str:
+    versions = {"lit-moe": report.lit_moe, **report.versions}
+    return "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,57 @@
+"""The table at the end of a run: one column per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.table import Table
+
+from lit_moe.evaluate import Quality
+from lit_moe.quantities import count, size, with_error
+from lit_moe.report.schema import Change, RunReport
+
+FIRST_STAGE = "before"
+
+
+def summary_table(report: RunReport) -> Table:
+    """Return perplexity, parameters, bytes and speed for every stage that the run went through."""
+    table = Table(title=f"{report.source} ({report.family})", title_justify="left")
+    table.add_column("")
+    for stage in stages(report):
+        table.add_column(stage, justify="right")
+    for label, cells in summary_rows(report):
+        table.add_row(label, *cells)
+    return table
+
+
+def stages(report: RunReport) -> list[str]:
+    """Return the stages of a report in order; a run without evaluation still has two."""
+    if report.quality:
+        return list(report.quality)
+    return [FIRST_STAGE, "after"] if report.experts else [FIRST_STAGE]
+
+
+def summary_rows(report: RunReport) -> list[tuple[str, list[str]]]:
+    """Return label and one cell per stage, without rows that know nothing."""
+    names = stages(report)
+    rows = [
+        ("perplexity", _quality_cells(report, lambda q: with_error(q.perplexity, q.stderr))),
+        ("bits per byte", _quality_cells(report, lambda q: f"{q.bits_per_byte:.3f}")),
+        ("parameters", _size_cells(report.parameters, names, count)),
+        ("active parameters", _size_cells(report.active_parameters, names, count)),
+        ("bytes", _size_cells(report.bytes, names, size)),
+        ("tokens per second", _quality_cells(report, _speed)),
+    ]
+    return [(label, cells) for label, cells in rows if any(cell != "-" for cell in cells)]
+
+
+def _quality_cells(report: RunReport, show: Callable[[Quality], str]) -> list[str]:
+    return [show(report.quality[s]) if s in report.quality else "-" for s in stages(report)]
+
+
+def _size_cells(change: Change, names: list[str], show: Callable[[float | None], str]) -> list[str]:
+    return [show(change.before if name == FIRST_STAGE else change.after) for name in names]
+
+
+def _speed(quality: Quality) -> str:
+    return f"{quality.tokens_per_second:,.0f}" if quality.tokens_per_second else "-"

@@ -1,0 +1,101 @@
+"""Calibration in one pass: the model runs as it is, and sums remain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_moe.adapters import count_experts, find_sites
+from lit_moe.errors import CalibrationError
+from lit_moe.stats.accumulators import RoutedSums
+from lit_moe.stats.observation import Observation
+from lit_moe.stats.tap import TokenMask, tapped
+
+_MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "pixel_values",
+)
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+@torch.no_grad()
+def observe(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = False
+) -> Observation:
+    """Run the model once over ``batches`` and return what its routed experts did.
+
+    Routing is the model's own; shared experts are not observed; padding does not count. The model
+    runs in evaluation mode, without its head, on its own device. With a process group every rank
+    must call this with its own share of the batches; all get the sums over all ranks.
+
+    Args:
+        model: any supported MoE model.
+        batches: dictionaries with ``input_ids`` (B, S) and optionally ``attention_mask``, decoder
+            inputs, or ``pixel_values``; other keys are ignored.
+        progress: show a progress bar.
+
+    Raises:
+        NotAnMoEError, UnsupportedModelError: if the model has no experts that can be observed.
+        CalibrationError: if there is no batch, if watching changes what the model computes, or
+            if activations are not finite (the message names the layer).
+    """
+    sites = find_sites(model)
+    sums = RoutedSums(count_experts(sites)).to(model.device)
+    mask, was_training = TokenMask(), model.training
+    stream = iter(batches)
+    first = next(stream, None)
+    if first is None:
+        raise CalibrationError("there is no calibration batch; give at least one")
+    model.eval()
+    try:
+        _check_undisturbed(model, sites, _inputs(first, model.device, rows=1))
+        with tapped(model, sites, sums, mask):
+            for batch in _shown(chain([first], stream), batches, progress):
+                inputs = _inputs(batch, model.device)
+                mask.set(inputs)
+                model.base_model(**inputs)
+                sums.check_finite()
+    finally:
+        model.train(was_training)
+    return sums.observation()
+
+
+def _check_undisturbed(model: PreTrainedModel, sites: tuple, inputs: dict[str, Tensor]) -> None:
+    """Compare the model's last hidden states with and without the tap on one sequence."""
+    plain = model.base_model(**inputs)[0]
+    mask = TokenMask()
+    mask.set(inputs)
+    with tapped(model, sites, RoutedSums(count_experts(sites)).to(model.device), mask):
+        watched = model.base_model(**inputs)[0]
+    if not plain.isfinite().all():
+        return  # NaN differs from NaN; the sums will name the layer
+    difference = float((plain - watched).abs().max() / plain.abs().max().clamp(min=1e-12))
+    if difference > _TOLERANCE.get(plain.dtype, 5e-2):
+        raise CalibrationError(
+            f"observing changed the output of {type(model).__name__} by {difference:.1e} of its "
+            "largest value on the first batch, so its statistics would not be those of the model; "
+            "please report the model type and the versions of torch and transformers"
+        )
+
+
+def _inputs(
+    batch: Mapping[str, Tensor], device: torch.device, rows: int | None = None
+) -> dict[str, Tensor]:
+    return {key: batch[key][:rows].to(device) for key in _MODEL_INPUTS if key in batch}
+
+
+def _shown(
+    stream: Iterable[Mapping[str, Tensor]], batches: Iterable, progress: bool
+) -> Iterable[Mapping[str, Tensor]]:
+    if not progress:
+        return stream
+    total = len(batches) if hasattr(batches, "__len__") else None
+    return track(stream, description="observing experts", total=total)

@@ -1,0 +1,90 @@
+"""Applies a plan to a model: the only way experts leave it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lit_moe.adapters import MoESite, adapter_for, count_experts, find_sites
+from lit_moe.adapters.router_mask import is_masked
+from lit_moe.plan import KeepPlan
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What a shrink changed.
+
+    Attributes:
+        layers: MoE layer name -> (experts before, experts after).
+        params_before: parameters of the whole model before.
+        params_after: and after.
+        bytes_before: bytes of all parameters and buffers before.
+        bytes_after: and after.
+    """
+
+    layers: Mapping[str, tuple[int, int]]
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+
+
+def shrink(model: PreTrainedModel, plan: KeepPlan) -> ShrinkReport:
+    """Remove, in place, the experts that ``plan`` drops.
+
+    Weights, biases, module integers and the config (also nested) end up as if the model had been
+    built with fewer experts; dtype, device, requires_grad and buffers stay what they were. A model
+    that was shrunk before can be shrunk again: the plan numbers the experts of the model at hand.
+
+    Args:
+        model: a plain transformers model, before any strategy wraps it.
+        plan: must name every MoE layer of the model.
+
+    Raises:
+        PlanError: if the plan is for another model or a router could not work with what stays.
+            Nothing has been touched then.
+        RuntimeError: if a router mask is still attached.
+    """
+    adapter = adapter_for(model.config)
+    sites = find_sites(model)
+    plan.check_fits(count_experts(sites))
+    for site in sites:
+        adapter.check_keep(site, plan.kept[site.name])
+    _refuse_masked(model, sites)
+    params_before, bytes_before = count_parameters(model), count_bytes(model)
+    if not plan.is_identity:
+        adapter.check_counts(model.config, sites, plan.counts)
+        for site in sites:
+            adapter.slice_(model, site, plan.kept[site.name])
+        adapter.finish_(model, sites, plan.counts)
+    return ShrinkReport(
+        {site.name: (site.num_experts, len(plan.kept[site.name])) for site in sites},
+        params_before,
+        count_parameters(model),
+        bytes_before,
+        count_bytes(model),
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers, shared ones once."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _refuse_masked(model: nn.Module, sites: tuple[MoESite, ...]) -> None:
+    masked = [site.name for site in sites if is_masked(model.get_submodule(site.router))]
+    if masked:
+        raise RuntimeError(
+            f"a router mask is attached to {masked[0]} and {len(masked) - 1} more layers; detach "
+            "it before removing experts, its expert numbers would no longer fit"
+        )

@@ -1,0 +1,144 @@
+"""What holds for every criterion: one row per criterion, all tests on every row.
+
+A new criterion gets these tests by adding its row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+
+from lit_moe.adapters import find_sites
+from lit_moe.criteria import Evidence, available, get_criterion
+from lit_moe.stats.observation import LayerStats, Observation
+from lit_moe.testing import example_inputs, tiny_moe
+
+NUM_EXPERTS = 6
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is expected of one criterion.
+
+    Attributes:
+        needs: what it declares.
+        permutes: whether relabelling the experts relabels the scores.
+    """
+
+    needs: frozenset[str]
+    permutes: bool = True
+
+
+ROUTING, WEIGHTS, FORWARD = (frozenset({need}) for need in ("routing", "weights", "forward"))
+
+TABLE: Mapping[str, Row] = {
+    "aimer": Row(WEIGHTS),
+    "ean_mean": Row(ROUTING),
+    "ean_sum": Row(ROUTING),
+    "frequency": Row(ROUTING),
+    "gate_sum": Row(ROUTING),
+    "man": Row(ROUTING),
+    "msan": Row(ROUTING),
+    "naee": Row(FORWARD),
+    "random": Row(frozenset(), permutes=False),
+    "reap": Row(ROUTING),
+    "router_norm": Row(WEIGHTS),
+    "soft_count": Row(ROUTING),
+    "weight_norm": Row(WEIGHTS),
+    "weighted_ean_sum": Row(ROUTING),
+}
+
+
+def test_every_registered_criterion_has_a_row():
+    assert sorted(TABLE) == available()
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    """Of all kinds; the observation is random and has an expert without tokens per layer."""
+    model = tiny_moe("mixtral", num_experts=NUM_EXPERTS)
+    sites = find_sites(model)
+    generator = torch.Generator().manual_seed(0)
+    layers = {site.name: random_stats(generator) for site in sites}
+    return Evidence(
+        observation=Observation(layers),
+        model=model,
+        sites=sites,
+        batches=[example_inputs(model)],
+        keep={site.name: 3 for site in sites},
+        seed=5,
+    )
+
+
+def random_stats(generator):
+    count = torch.randint(1, 90, (NUM_EXPERTS,), generator=generator).double()
+    count[4] = 0
+    sums = [torch.rand(NUM_EXPERTS, generator=generator).double() * count for _ in range(6)]
+    return LayerStats(100, count, *sums)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_needs_are_declared(name):
+    assert get_criterion(name).needs == TABLE[name].needs
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_scores_are_finite_float64_on_cpu_of_shape_experts_for_every_layer(name, evidence):
+    scores = get_criterion(name).scores(evidence)
+    assert list(scores) == [site.name for site in evidence.sites]
+    for values in scores.values():
+        assert values.shape == (NUM_EXPERTS,)
+        assert values.dtype == torch.float64
+        assert values.device.type == "cpu"
+        assert values.isfinite().all()
+        assert not values.requires_grad
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_scores_tell_experts_apart(name, evidence):
+    for values in get_criterion(name).scores(evidence).values():
+        assert values.unique().numel() > 1
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_same_seed_gives_the_same_scores(name, evidence):
+    first, second = (get_criterion(name).scores(evidence) for _ in range(2))
+    assert all(torch.equal(first[layer], second[layer]) for layer in first)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_evidence_is_left_as_it_was(name, evidence):
+    tensors = [*evidence.model.state_dict().values()]
+    tensors += [t for s in evidence.observation.layers.values() for t in tensors_of(s).values()]
+    before = [tensor.clone() for tensor in tensors]
+    get_criterion(name).scores(evidence)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.permutes])
+def test_relabelling_experts_relabels_scores(name, evidence):
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    scores = get_criterion(name).scores(evidence)
+    moved = get_criterion(name).scores(relabelled(evidence, order))
+    for layer, values in scores.items():
+        torch.testing.assert_close(moved[layer], values[order], rtol=1e-12, atol=0.0)
+
+
+def relabelled(evidence, order):
+    """Return evidence of the same model with expert ``order[i]`` at place ``i``."""
+    layers = {
+        name: replace(stats, **{key: value[order] for key, value in tensors_of(stats).items()})
+        for name, stats in evidence.observation.layers.items()
+    }
+    model = tiny_moe("mixtral", num_experts=NUM_EXPERTS)
+    for site in evidence.sites:
+        for axis in site.axes:
+            parameter = model.get_parameter(axis.name)
+            parameter.data = parameter.data.index_select(axis.dim, order)
+    return replace(evidence, observation=Observation(layers), model=model)
+
+
+def tensors_of(stats):
+    values = {field.name: getattr(stats, field.name) for field in fields(stats)}
+    return {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}

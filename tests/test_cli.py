@@ -1,0 +1,130 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lit_moe import cli
+from lit_moe.commands import one_sentence
+
+TINY = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--data.init_args.sequence_length=32",
+    "--data.init_args.calibration_tokens=256",
+]
+
+
+def run(*words, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "lit_moe", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def test_help_needs_no_heavy_import():
+    start = time.perf_counter()
+    result = run("--help")
+    # A bound that only an import of torch or lightning would break, even on a loaded machine.
+    assert time.perf_counter() - start < 3
+    assert result.returncode == 0
+    assert "inspect" in result.stdout
+    code = "import sys, lit_moe.cli; print([m for m in ('torch', 'lightning') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_a_misspelt_command_names_the_nearest(capsys):
+    assert cli.main(["fitt"]) == 2
+    assert "did you mean 'fit'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("--data.init_args.batch_sise=2", "did you mean 'batch_size'?"),
+        ("--model.init_args.model_nam_or_path=x", "did you mean 'model_name_or_path'?"),
+        ("--trainer.max_stepz=1", "did you mean 'trainer.max_steps'?"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest_in_one_line(key, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit-moe"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", "configs/one_shot/random.yaml", key])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_parser_report_is_reduced_to_its_innermost_complaint():
+    report = (
+        "Parser key \"model\":\n  Problem with given class_path 'lit_moe.MoEModule':\n"
+        "    Problem with given class_path 'lit_moe.module.LossWeights':\n"
+        "      Option 'distilation' is not accepted\n"
+    )
+    expected = (
+        "lit_moe.module.LossWeights: Option 'distilation' is not accepted; "
+        "did you mean 'distillation'?"
+    )
+    assert one_sentence(report, []) == expected
+
+
+def test_fit_from_another_folder_with_composed_configs(checkpoint, pages, tmp_path):
+    extra = tmp_path / "extra.yaml"
+    extra.write_text(
+        "trainer:\n  callbacks+:\n"
+        "    - class_path: lit_moe.callbacks.ReportWriter\n"
+        "      init_args: {figures: false}\n"
+    )
+    here = cli.__file__.removesuffix("lit_moe/cli.py")
+    result = run(
+        "fit",
+        "--config",
+        f"{here}configs/one_shot/frequency.yaml",
+        "--config",
+        str(extra),
+        f"--model.init_args.model_name_or_path={checkpoint}",
+        f"--data.init_args.calibration_files=[{pages}]",
+        f"--data.init_args.test_files=[{pages}]",
+        *TINY,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs/one_shot_frequency/lightning_logs").iterdir()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["status"] == "finished"
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "model" / "config.json").is_file()
+    assert not list(folder.glob("*.png"))  # the appended ReportWriter replaced the default one
+    assert "report.md" in result.stdout
+
+
+def test_a_request_that_cannot_be_met_is_one_sentence_and_exit_2(checkpoint, tmp_path):
+    result = run(
+        "fit",
+        "--config",
+        "configs/one_shot/frequency.yaml",
+        f"--model.init_args.model_name_or_path={tmp_path}/nothing",
+        f"--trainer.default_root_dir={tmp_path}",
+        *TINY,
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "nothing" in result.stderr.strip().splitlines()[-1]
+
+
+def test_inspect_prints_tables_and_json(checkpoint, capsys):
+    assert cli.main(["inspect", str(checkpoint)]) == 0
+    assert "routed experts" in capsys.readouterr().out
+    assert cli.main(["inspect", str(checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "mixtral"
+
+
+def test_inspect_of_a_folder_without_config_is_one_sentence(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
