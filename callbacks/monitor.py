@@ -85,12 +85,14 @@ class ExpertMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When training ends. Draws the load of each layer over time and detaches."""
         writer = _writer(trainer)
-        for name, columns in self._history.items() if writer is not None else ():
-            image = enlarge(np.stack(columns, axis=1))
-            writer.add_image(f"experts/load/{name}", image, trainer.global_step, dataformats="HW")  # type: ignore[union-attr]
+        if writer is not None:
+            for name, columns in self._history.items():
+                image = enlarge(np.stack(columns, axis=1))
+                tag = f"experts/load/{name}"
+                writer.add_image(tag, image, trainer.global_step, dataformats="HW")
         self._detach()
 
-    def on_exception(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
         """When training breaks. Detaches."""
         self._detach()
 

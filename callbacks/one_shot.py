@@ -81,7 +81,8 @@ class OneShotPruning(Callback):
         """
         writer = report_writer(trainer)
         writer.on_model_built(trainer, module)
-        model = module.built_model.to(trainer.strategy.root_device)
+        model = module.built_model
+        module.to(trainer.strategy.root_device)
         plan = module.checkpoint_plan() or self.plan_file
         if plan is None:
             sites = find_sites(model)
@@ -166,7 +167,7 @@ class OneShotPruning(Callback):
 
 
 def _calibration_share(trainer: Trainer) -> DataLoader[dict[str, Tensor]]:
-    data = getattr(trainer, "datamodule", None)
+    data: Any = getattr(trainer, "datamodule", None)
     if not hasattr(data, "calibration_dataloader"):
         raise LitMoEError(
             f"this criterion observes text, but {type(data).__name__} has no method "

@@ -123,7 +123,7 @@ class ReportWriter(Callback):
 
     def measure(self, trainer: Trainer, module: MoEModule, stage: str) -> None:
         """Evaluate the test split on all ranks and record it under ``stage``."""
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if not self.measure_quality or not hasattr(data, "test_share"):
             return
         loader, domains = data.test_share(rank=trainer.global_rank, world_size=trainer.world_size)

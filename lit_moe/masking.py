@@ -35,8 +35,8 @@ class RouterMask:
     def __init__(self, model: PreTrainedModel, plan: KeepPlan) -> None:
         self._model = model
         self._plan = plan
-        self._adapter = adapter_for(model.config)
         self._sites = find_sites(model)
+        self._adapter = adapter_for(model.config)
         self._handles: list[Handle] = []
         plan.check_fits(count_experts(self._sites))
         for site in self._sites:

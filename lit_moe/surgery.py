@@ -47,14 +47,15 @@ def shrink(model: PreTrainedModel, plan: KeepPlan) -> ShrinkReport:
     Raises:
         PlanError: if the plan is for another model or a router could not work with what stays.
             Nothing has been touched then.
-        RuntimeError: if a router mask is still attached.
+        RuntimeError: if a router mask is still attached, or weights are offloaded or sharded.
     """
-    adapter = adapter_for(model.config)
     sites = find_sites(model)
+    adapter = adapter_for(model.config)
     plan.check_fits(count_experts(sites))
     for site in sites:
         adapter.check_keep(site, plan.kept[site.name])
     _refuse_masked(model, sites)
+    _refuse_absent(model, sites)
     params_before, bytes_before = count_parameters(model), count_bytes(model)
     if not plan.is_identity:
         adapter.check_counts(model.config, sites, plan.counts)
@@ -87,4 +88,18 @@ def _refuse_masked(model: nn.Module, sites: tuple[MoESite, ...]) -> None:
         raise RuntimeError(
             f"a router mask is attached to {masked[0]} and {len(masked) - 1} more layers; detach "
             "it before removing experts, its expert numbers would no longer fit"
+        )
+
+
+def _refuse_absent(model: PreTrainedModel, sites: tuple[MoESite, ...]) -> None:
+    """Refuse to cut placeholders: what would come back later are the uncut weights."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    names = [axis.name for site in sites for axis in site.axes if axis.name in tensors]
+    absent = [name for name in names if hasattr(tensors[name], "ds_shape")]
+    if not all(tensor.is_meta for tensor in tensors.values()):
+        absent += [name for name in names if tensors[name].is_meta]
+    if absent:
+        raise RuntimeError(
+            f"{absent[0]} and {len(absent) - 1} more tensors are offloaded or sharded and are not "
+            "here; remove experts before the strategy wraps the model, or load without offloading"
         )

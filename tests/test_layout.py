@@ -38,6 +38,8 @@ def test_callbacks_is_a_real_folder_reached_through_a_tracked_link():
 
 def test_callbacks_cannot_be_imported_by_its_folder_name():
     spec = importlib.util.spec_from_file_location("callbacks", ROOT / "callbacks" / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.raises(ImportError, match="import lit_moe.callbacks, not callbacks"):
         spec.loader.exec_module(module)

@@ -1,6 +1,7 @@
 """What a shrink keeps, what it refuses, and what it writes into the config."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -247,3 +248,25 @@ def test_a_family_with_unequal_layers_of_its_own_keeps_them_apart(tmp_path):
     model.save_pretrained(tmp_path)
     again = Dots3NoteForConditionalGeneration.from_pretrained(tmp_path)
     assert sorted(count_experts(find_sites(again)).values()) == [2, 3, 4]
+
+
+def test_offloaded_weights_are_refused():
+    model = tiny_moe("mixtral")
+    model.model.layers[1].mlp.experts.to("meta")
+    with pytest.raises(RuntimeError, match=r"layers\.1.*1 more tensors are offloaded"):
+        shrink(model, random_plan(model))
+
+
+def test_a_model_without_any_weights_can_be_shrunk_for_its_sizes():
+    model = tiny_moe("mixtral")
+    for module in model.children():
+        module.to("meta")
+    report = shrink(model, random_plan(model))
+    assert report.params_after < report.params_before
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_wrapped_model_is_refused():
+    wrapped: Any = torch.nn.Sequential(tiny_moe("mixtral"))
+    with pytest.raises(TypeError, match="got Sequential; pass the model inside"):
+        find_sites(wrapped)

@@ -63,8 +63,6 @@ class MoEAdapter:
     def __init__(self, traits: Traits) -> None:
         self.traits = traits
 
-    # --- reading -----------------------------------------------------------------------------
-
     def sites(self, model: PreTrainedModel) -> tuple[MoESite, ...]:
         """Return the MoE layers in module order.
 
@@ -139,8 +137,6 @@ class MoEAdapter:
         found = sibling(model.config, ConfigKey.parse(site.config_key), SHARED_KEYS)
         return found[1] if found and found[1] > 0 else 1
 
-    # --- what is allowed ---------------------------------------------------------------------
-
     def legal_counts(self, site: MoESite) -> tuple[int, ...]:
         """Return the ascending numbers of experts the router can work with."""
         return legality.legal_counts(site, self.traits.group_score)
@@ -162,8 +158,6 @@ class MoEAdapter:
             PlanError: if two MoE layers that read the same number are given different ones.
         """
         slicing.update_config(copy.deepcopy(config), counts, None, sites)
-
-    # --- changing ----------------------------------------------------------------------------
 
     def slice_(self, model: PreTrainedModel, site: MoESite, keep: Sequence[int]) -> None:
         """Cut tensors and integers of one MoE layer, in place, down to ``keep``."""
@@ -233,8 +227,6 @@ class MoEAdapter:
     def mask_(self, model: PreTrainedModel, site: MoESite, keep: Sequence[int]) -> Handle:
         """Hide the other experts from the router until the handle is removed."""
         return RouterHandle(model, site, keep)
-
-    # --- looking inside ----------------------------------------------------------------------
 
     def expert_weights(self, model: PreTrainedModel, site: MoESite) -> dict[str, Tensor]:
         """Return the experts' matrices as views, whatever their layout in memory.

@@ -119,5 +119,8 @@ def bind(axis: TensorAxis, kind: AxisKind, tensors: dict[str, Tensor]) -> Expert
             f"the config promises a tensor {axis.name!r} that the model does not have; "
             "quantised or already converted models cannot be cut, load the plain weights"
         )
-    real = (tensors[axis.name].shape[axis.dim] - axis.tail) // axis.rows
+    tensor = tensors[axis.name]
+    # Under ZeRO-3 the tensor itself is an empty placeholder.
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    real = (shape[axis.dim] - axis.tail) // axis.rows
     return ExpertAxis(axis.name, axis.dim, real, axis.tail, kind, axis.rows)

@@ -151,7 +151,12 @@ def find_sites(model: PreTrainedModel) -> tuple[MoESite, ...]:
     Raises:
         NotAnMoEError: if the model is dense.
         UnsupportedModelError: if it has experts that cannot be observed or removed correctly.
+        TypeError: if the model is wrapped (DDP, DeepSpeed engine, LightningModule).
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"expected a transformers model, got {type(model).__name__}; pass the model inside"
+        )
     return adapter_for(model.config).sites(model)
 
 

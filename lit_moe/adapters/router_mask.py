@@ -80,6 +80,7 @@ class _FollowRouter(TorchFunctionMode):
         self._owners = [(model.get_submodule(a.name.rpartition(".")[0]), a) for a in axes]
         self._keep = keep
         self._tails = {axis.real + axis.tail: axis.tail for axis in axes}
+        self._drops: dict[tuple[int, torch.device], Tensor] = {}
         # id -> the tensor itself, which keeps the id from being given to another tensor.
         self._followed: dict[int, Tensor] = {}
 
@@ -116,8 +117,10 @@ class _FollowRouter(TorchFunctionMode):
         return out
 
     def _mask(self, scores: Tensor) -> Tensor:
-        tail = self._tails.get(scores.shape[-1])
-        if tail is None:
+        width, device = scores.shape[-1], scores.device
+        if width not in self._tails:
             return scores
-        drop = drop_mask(scores.shape[-1] - tail, self._keep, tail, scores.device)
-        return scores.masked_fill(drop, float("-inf"))
+        if (width, device) not in self._drops:
+            tail = self._tails[width]
+            self._drops[width, device] = drop_mask(width - tail, self._keep, tail, device)
+        return scores.masked_fill(self._drops[width, device], float("-inf"))

@@ -31,6 +31,8 @@ class TextDataModule(L.LightningDataModule):
         sequence_length: tokens per block, at least 2.
         batch_size: blocks per batch and device.
         calibration_tokens: at most so many tokens are observed, taken in turn from each domain.
+        test_tokens: at most so many tokens are evaluated for the report, taken in turn from each
+            domain; None takes all.
         text_column: the column of the text in structured files.
         balance_domains: draw training blocks so that each domain is equally frequent.
         seed: order of the training blocks.
@@ -46,6 +48,7 @@ class TextDataModule(L.LightningDataModule):
         sequence_length: int = 128,
         batch_size: int = 16,
         calibration_tokens: int = 16384,
+        test_tokens: int | None = None,
         text_column: str = "text",
         balance_domains: bool = False,
         seed: int = 0,
@@ -55,8 +58,9 @@ class TextDataModule(L.LightningDataModule):
             ("sequence_length", sequence_length, 2),
             ("batch_size", batch_size, 1),
             ("calibration_tokens", calibration_tokens, sequence_length),
+            ("test_tokens", test_tokens, sequence_length),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise LitMoEError(f"{name}={value} is too small; the least usable is {least}")
         self.files: dict[Split, list[str] | None] = {
             "calibration": calibration_files,
@@ -68,6 +72,7 @@ class TextDataModule(L.LightningDataModule):
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.calibration_tokens = calibration_tokens
+        self.test_tokens = test_tokens
         self.text_column = text_column
         self.balance_domains = balance_domains
         self.seed = seed
@@ -91,8 +96,9 @@ class TextDataModule(L.LightningDataModule):
                 packed = pack(
                     documents, self.tokenizer, sequence_length=self.sequence_length, what=split
                 )
-            if split == "calibration":
-                packed = packed.spread(-(-self.calibration_tokens // self.sequence_length))
+            limit = {"calibration": self.calibration_tokens, "test": self.test_tokens}.get(split)
+            if limit is not None:
+                packed = packed.spread(-(-limit // self.sequence_length))
             self._blocks[split] = packed
         return self._blocks[split]
 

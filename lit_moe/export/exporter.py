@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,18 +139,22 @@ def _write_config(
     forget_remote_code(model, content, folder)
     if layout == "per_layer_config":
         content["auto_map"] = write_remote_code(model, folder)
-    _drop_switch(content)
+    for part in _parts(content):
+        part.pop(GLOBAL_VALUES_READABLE, None)
     _write_json(content, file)
     if layout == "per_layer_config" and not loads_without_help(folder):
-        content[GLOBAL_VALUES_READABLE] = True
+        for part in _parts(content):
+            if "per_layer_config" in part:
+                part[GLOBAL_VALUES_READABLE] = True
         _write_json(content, file)
 
 
-def _drop_switch(content: dict[str, Any]) -> None:
-    content.pop(GLOBAL_VALUES_READABLE, None)
-    for part in content.values():
-        if isinstance(part, dict):
-            _drop_switch(part)
+def _parts(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a config.json and its nested configs."""
+    yield content
+    for value in content.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
 
 
 def _write_json(content: dict[str, Any], file: Path) -> None:

@@ -90,7 +90,6 @@ def write_remote_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     tail = Template(template).substitute(
         version=lit_moe.__version__,
         architecture=stock.__name__,
-        model_type=model.config.model_type,
         class_name=class_name,
     )
     (folder / REMOTE_CODE_FILE).write_text(loader + tail, encoding="utf-8")

@@ -59,7 +59,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer_size: int, tokenizer_name
     Raises:
         LitMoEError: with both sizes.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
     if tokenizer_size > rows:
         raise LitMoEError(
             f"tokenizer {tokenizer_name!r} has {tokenizer_size} ids, but "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from itertools import chain
 
 import torch
@@ -97,5 +97,5 @@ def _shown(
 ) -> Iterable[Mapping[str, Tensor]]:
     if not progress:
         return stream
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     return track(stream, description="observing experts", total=total)

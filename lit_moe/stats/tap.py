@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lit_moe.adapters import adapter_for
 from lit_moe.adapters.base import MoEAdapter
@@ -38,10 +39,10 @@ class TokenMask:
 
 @contextmanager
 def tapped(
-    model: nn.Module, sites: Sequence[MoESite], sums: RoutedSums, mask: TokenMask
+    model: PreTrainedModel, sites: Sequence[MoESite], sums: RoutedSums, mask: TokenMask
 ) -> Iterator[None]:
     """Add everything that the experts of ``sites`` do inside the block to ``sums``."""
-    adapter = adapter_for(model.config)  # type: ignore[arg-type]
+    adapter = adapter_for(model.config)
     with ExitStack() as stack:
         for site in sites:
             stack.enter_context(_tap_experts(model, adapter, site, sums, mask))
@@ -53,7 +54,7 @@ def tapped(
 
 @contextmanager
 def _tap_experts(
-    model: nn.Module, adapter: MoEAdapter, site: MoESite, sums: RoutedSums, mask: TokenMask
+    model: PreTrainedModel, adapter: MoEAdapter, site: MoESite, sums: RoutedSums, mask: TokenMask
 ) -> Iterator[None]:
     def on_slots(slots: Slots) -> None:
         sums.update(site.name, slots, mask.of(site))

@@ -12,8 +12,10 @@ from lit_moe.adapters.weights import halves
 from lit_moe.errors import LitMoEError
 from lit_moe.testing import FAMILIES, example_inputs, tiny_moe
 
-CUSTOM = ("dbrx", "jetmoe", "llama4", "llama4_multimodal", "longcat_flash", "step3p7", "zaya")
-CUSTOM += ("switch_transformers",)
+CUSTOM = [
+    *("dbrx", "jetmoe", "llama4", "llama4_multimodal", "longcat_flash", "step3p7"),
+    *("switch_transformers", "zaya"),
+]
 
 
 def gated(experts, gate, up):

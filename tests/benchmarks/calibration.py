@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from lit_moe.stats import observe
 from tests.benchmarks.timing import interleaved, markdown
@@ -84,9 +84,9 @@ def _model(shape: str, dtype: str) -> PreTrainedModel:
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=8,
-        **SHAPES[shape],
     )
-    return MixtralForCausalLM(config).to(DTYPES[dtype]).eval()
+    config.update(SHAPES[shape])
+    return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
 
 
 def _inputs() -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from lit_moe.adapters import count_experts, find_sites
 from lit_moe.export import export
@@ -44,14 +44,14 @@ def run() -> str:
     )
 
 
-def _shrink_and_export(model: MixtralForCausalLM, path: Path, verify: bool) -> None:
+def _shrink_and_export(model: PreTrainedModel, path: Path, verify: bool) -> None:
     counts = count_experts(find_sites(model))
     kept = {layer: tuple(range(0, num, 2)) for layer, num in counts.items()}
     shrink(model, KeepPlan(kept, counts))
     export(model, path, verify=verify)
 
 
-def _model() -> MixtralForCausalLM:
+def _model() -> PreTrainedModel:
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=8192,
@@ -62,7 +62,7 @@ def _model() -> MixtralForCausalLM:
         num_key_value_heads=4,
         num_local_experts=16,
     )
-    return MixtralForCausalLM(config).to(torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def _seconds(work) -> float:

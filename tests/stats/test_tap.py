@@ -6,7 +6,7 @@ import torch
 from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.errors import CalibrationError
 from lit_moe.stats import observe
-from lit_moe.stats.slots import raw_outputs, slots_of
+from lit_moe.stats.slots import Slots, raw_outputs, slots_of
 from lit_moe.testing import FAMILIES, example_inputs, tiny_moe
 from tests.stats.oracle import all_experts_statistics
 
@@ -69,7 +69,7 @@ def test_watched_slots_add_up_to_what_the_experts_return():
     hidden = torch.randn(7, model.config.hidden_size)
     index = torch.stack([torch.randperm(8)[:2] for _ in range(7)])
     weights = torch.rand(7, 2)
-    seen = []
+    seen: list[Slots] = []
     with slots_of(experts, seen.append):
         output = experts(hidden, index, weights)
     (slots,) = seen
