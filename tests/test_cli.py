@@ -128,3 +128,16 @@ def test_inspect_prints_tables_and_json(checkpoint, capsys):
 def test_inspect_of_a_folder_without_config_is_one_sentence(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_a_word_of_lightning_sdk_is_handed_on_to_it(tmp_path, monkeypatch, capsys):
+    info = tmp_path / "lightning_sdk-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-sdk\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\nlightning = sdk_cli:main\n")
+    (tmp_path / "sdk_cli.py").write_text(
+        "import sys\ndef main():\n    print('sdk', sys.argv[1:])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["login", "--now"]) == 0
+    assert "sdk ['login', '--now']" in capsys.readouterr().out

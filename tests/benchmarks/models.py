@@ -1,6 +1,6 @@
 """``make models``: train the benchmark models, once, into a cache folder outside git.
 
-The folder is ``$LIT_MOE_CACHE`` or ``~/.cache/lit-moe``; a model that is there is not trained again.
+``$LIT_MOE_CACHE`` or ``~/.cache/lit-moe`` holds them; a model that is there is not trained again.
 ``python -m tests.benchmarks.models [RECIPE ...]`` trains only some.
 """
 
