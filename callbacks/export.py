@@ -7,7 +7,11 @@ from typing import Literal
 
 import torch
 from lightning import Callback, Trainer
+from torch import nn
+from transformers import PreTrainedModel
 
+from lit_moe.accounting import tensor_at
+from lit_moe.adapters import find_sites
 from lit_moe.callbacks.report import report_writer
 from lit_moe.export import check_target, export
 from lit_moe.module import MoEModule
@@ -41,6 +45,8 @@ class ExportModel(Callback):
 
     def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
         """Before the model is built. Refuses a taken path while nothing is computed yet."""
+        if stage != "fit":
+            return
         report_writer(trainer)
         folder = self._folder(trainer)
         if trainer.is_global_zero:
@@ -54,7 +60,7 @@ class ExportModel(Callback):
         if trainer.is_global_zero:
             model = pl_module.built_model
             if self.dtype is not None:
-                model.to(getattr(torch, self.dtype))
+                cast_weights(model, getattr(torch, self.dtype))
             with writer.phase("export"):
                 result = export(
                     model,
@@ -77,3 +83,16 @@ class ExportModel(Callback):
     def _folder(self, trainer: Trainer) -> Path:
         base = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: every rank asks
         return Path(self.path) if Path(self.path).is_absolute() else base / self.path
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a model in place, except biases that steer selection: bf16 would merge their values."""
+    biases = {
+        axis.name: tensor_at(model, axis.name).detach().clone()
+        for site in find_sites(model)
+        for axis in site.axes
+        if axis.kind == "select_bias"
+    }
+    nn.Module.to(model, dtype)
+    for name, values in biases.items():
+        tensor_at(model, name).data = values

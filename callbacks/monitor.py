@@ -43,14 +43,17 @@ class ExpertMonitor(Callback):
         self._counts: dict[str, Tensor] = {}
         self._history: dict[str, list[np.ndarray]] = {}
         self._handles: list[Any] = []
+        self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When training begins, also after a resume. Attaches the counters and logs the plan."""
         model = pl_module.built_model
+        self._last_step = trainer.global_step
+        self._history.clear()
         adapter = adapter_for(model.config)
         for site in find_sites(model):
             self._counts[site.name] = torch.zeros(site.num_experts, dtype=torch.float64)
-            count = self._counter(site)
+            count = self._counter(site, model)
             if adapter.tap_kind(site) == "custom":
                 self._handles.append(adapter.attach_slots(model, site, _ids_of(count)))
             else:
@@ -69,8 +72,10 @@ class ExpertMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: MoEModule, *_: Any) -> None:  # type: ignore[override]
         """After each batch. Every ``every_n_steps`` steps reduces, logs and forgets the counts."""
-        if trainer.global_step % self.every_n_steps:
-            return
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self._last_step:
+            return  # also between two steps, while gradients accumulate
+        self._last_step = step
         for name, counts in self._counts.items():
             total = trainer.strategy.reduce(counts.clone().to(pl_module.device), reduce_op="sum")
             load = torch.as_tensor(total).cpu()
@@ -80,7 +85,7 @@ class ExpertMonitor(Callback):
             self._history.setdefault(name, []).append((load / load.max()).numpy())
             measures = {f"experts/{name}/{k}": v for k, v in load_measures(load).items()}
             for logger in trainer.loggers:
-                logger.log_metrics(measures, step=trainer.global_step)
+                logger.log_metrics(measures, step=step)
 
     def on_train_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When training ends. Draws the load of each layer over time and detaches."""
@@ -101,10 +106,12 @@ class ExpertMonitor(Callback):
             handle.remove()
         self._handles.clear()
 
-    def _counter(self, site: MoESite) -> Callable[[Tensor], None]:
+    def _counter(self, site: MoESite, model: nn.Module) -> Callable[[Tensor], None]:
         counts = self._counts[site.name]
 
         def count(expert_ids: Tensor) -> None:
+            if not model.training:
+                return  # validation is not training load
             ids = expert_ids.detach().reshape(-1).cpu()
             counts.add_(torch.bincount(ids[ids < len(counts)], minlength=len(counts)))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,6 +25,7 @@ from lit_moe.selection import (
     find_super_experts,
     layer_counts,
     measure_bytes,
+    parse_protection,
     select,
 )
 from lit_moe.stats import Observation, observe
@@ -56,7 +58,7 @@ class OneShotPruning(Callback):
         criterion_options: dict[str, Any] | None = None,
         keep_ratio: float | None = None,
         budget: Budget | None = None,
-        unrouted: UnroutedRule = "keep",
+        unrouted: UnroutedRule = "drop",
         protect: list[str] | None = None,
         plan: str | None = None,
     ) -> None:
@@ -74,11 +76,14 @@ class OneShotPruning(Callback):
     def on_model_built(self, trainer: Trainer, module: MoEModule) -> None:
         """When the model is built and nothing wraps it yet. Decides on a plan and applies it.
 
+        Only in a fit: validate, test and predict take the plan of the checkpoint that they load.
         Collective: every rank must call it.
 
         Raises:
             LitMoEError: for a budget that the model's routers cannot meet, before any text is read.
         """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         writer = report_writer(trainer)
         writer.on_model_built(trainer, module)
         model = module.built_model
@@ -109,6 +114,8 @@ class OneShotPruning(Callback):
         if self.protect_super_experts and observation is not None:
             protect += as_patterns(find_super_experts(observation))
             check_budget(budget, sites, protect)
+        protected = parse_protection(protect, sites)
+        writer.report.protected = {k: sorted(ids) for k, ids in protected.items() if ids}
         with writer.phase("score"):
             scores = score(
                 model if observation is None else observation,
@@ -133,6 +140,12 @@ class OneShotPruning(Callback):
             observation = observe(module.built_model, loader, progress=trainer.is_global_zero)
         writer.report.calibration.tokens = observation.tokens
         writer.report.unrouted = {k: list(v) for k, v in observation.unrouted.items()}
+        if observation.unrouted:
+            num = sum(map(len, observation.unrouted.values()))
+            writer.report.warnings.append(
+                f"{num} experts saw none of the {observation.tokens} calibration tokens; "
+                f"unrouted={self.unrouted!r} decided about them"
+            )
         writer.loads = {k: s.count for k, s in observation.layers.items()}
         return observation
 

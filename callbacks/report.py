@@ -77,19 +77,42 @@ class ReportWriter(Callback):
         )
         self.count(module, "before")
 
+    def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
+        """Before the model is built. Begins a new report for each fit."""
+        if stage == "fit":
+            self._report = None
+
     def on_fit_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
-        """After training, or at once if there is none. Measures what is left and writes all."""
+        """After training, or at once if there is none. Measures what is left."""
         self.measure_recovered(trainer, pl_module)
-        self.report.status = "finished"
-        self.write()
-        if self._show:
-            figures = self._draw() if self.figures else []
-            write_markdown(self.report, self.folder / MARKDOWN_NAME, figures=figures)
 
     def teardown(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
-        """Last of all, below the progress bars. Prints the table and where things are."""
-        if self._show and self._report is not None and self._report.status == "finished":
-            self._print(trainer)
+        """Last of all, when every callback has done its part. Writes all, prints the table."""
+        if stage != "fit" or not self._show or self._report is None:
+            return
+        self.report.status = "finished"
+        self.write()
+        figures = self._draw() if self.figures else []
+        write_markdown(self.report, self.folder / MARKDOWN_NAME, figures=figures)
+        if self.report.export is not None:
+            write_json(self.report, Path(self.report.export.path) / JSON_NAME)
+        self._print()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run cannot measure again."""
+        return {} if self._report is None else {"report": self.report.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """When a run resumes. Takes over what was measured before the checkpoint."""
+        if "report" not in state_dict:
+            return
+        earlier = RunReport.from_dict(state_dict["report"])
+        for name in ("quality", "calibration", "criterion", "unrouted", "protected", "warnings"):
+            setattr(self.report, name, getattr(earlier, name))
+        for name, seconds in earlier.seconds.items():
+            self.report.seconds[name] = self.report.seconds.get(name, 0.0) + seconds
+        for name in ("parameters", "active_parameters", "bytes"):
+            getattr(self.report, name).before = getattr(earlier, name).before
 
     @property
     def folder(self) -> Path:
@@ -153,7 +176,8 @@ class ReportWriter(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When training ends. Stops its clock."""
-        self.report.seconds["train"] = time.perf_counter() - self._train_start
+        spent = time.perf_counter() - self._train_start
+        self.report.seconds["train"] = self.report.seconds.get("train", 0.0) + spent
 
     def _log(self, trainer: Trainer, stage: str) -> None:
         quality = self.report.quality[stage]
@@ -167,7 +191,7 @@ class ReportWriter(Callback):
     def _draw(self) -> list[Path]:
         return draw_figures(self.report, self.folder, scores=self.scores, loads=self.loads)
 
-    def _print(self, trainer: Trainer) -> None:
+    def _print(self) -> None:
         console = Console()
         console.print(summary_table(self.report))
         lines: dict[str, Any] = {

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_moe.module import MoEModule
 
@@ -30,9 +31,20 @@ class _Parser(LightningArgumentParser):
         sys.exit(2)
 
 
+class _CLI(LightningCLI):
+    def before_fit(self) -> None:
+        """Tell the module where it resumes from: lightning does so only after it is built."""
+        path = self._get(self.config_init, "ckpt_path")
+        if path is not None:
+            connector = self.trainer._checkpoint_connector
+            self.model.resume_from = connector._parse_ckpt_path(
+                TrainerFn.FITTING, path, model_provided=True, model_connected=False
+            )
+
+
 def run_trainer() -> None:
     """Parse ``sys.argv``, build trainer, module and data, and run the command."""
-    LightningCLI(
+    _CLI(
         MoEModule,
         L.LightningDataModule,
         parser_class=_Parser,

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from lit_moe.adapters import find_sites
 from lit_moe.assets import EMBEDDED
 from lit_moe.distill.losses import (
     load_balancing_loss,
@@ -18,7 +19,8 @@ from lit_moe.distill.losses import (
     next_token_loss,
     next_token_nll,
 )
-from lit_moe.errors import LitMoEError, PlanError
+from lit_moe.distill.routers import recorded_routers
+from lit_moe.errors import PlanError
 from lit_moe.models import DType, build_model, check_vocabulary, frozen_copy
 from lit_moe.plan import KeepPlan
 from lit_moe.surgery import shrink
@@ -66,11 +68,18 @@ class LossWeights:
     load_balance: float = 0.0
 
 
+# They are in every checkpoint, as hyper-parameters; loading by weights_only=True must know them.
+torch.serialization.add_safe_globals([OptimizerConfig, LossWeights])
+
+
 class MoEModule(L.LightningModule):
     """A Mixture-of-Experts language model, its recovery loss and its optimizer.
 
     The model is built in ``configure_model``; then every callback that has a method
     ``on_model_built(trainer, module)`` is called, before any strategy wraps the model.
+
+    Before ``trainer.fit(..., ckpt_path=path)`` on a pruned checkpoint set ``resume_from = path``
+    (``lit-moe fit --ckpt_path`` does): lightning tells the path only after the model is built.
 
     Args:
         model_name_or_path: folder or hub id of a Hugging Face checkpoint, or ``embedded``.
@@ -102,6 +111,8 @@ class MoEModule(L.LightningModule):
         self.model: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.plan: KeepPlan | None = None
+        self.resume_from: str | None = None
+        self.save_hyperparameters(logger=False)
 
     def configure_model(self) -> None:
         """Called before the strategy wraps. Builds model and teacher, then lets callbacks act."""
@@ -113,16 +124,20 @@ class MoEModule(L.LightningModule):
             dtype=self.dtype_name,
             trust_remote_code=self.trust_remote_code,
         )
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is not None:
-            check_vocabulary(self.model, len(tokenizer), tokenizer.name_or_path)
         if self.loss_weights.distillation > 0:
             self.teacher = frozen_copy(self.model)
+        if self._trainer is not None:  # load_from_checkpoint has none
+            self._let_callbacks_act()
+        self.model.train()
+
+    def _let_callbacks_act(self) -> None:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            check_vocabulary(self.built_model, len(tokenizer), tokenizer.name_or_path)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             act = getattr(callback, "on_model_built", None)
             if act is not None:
                 act(self.trainer, self)
-        self.model.train()
 
     @property
     def built_model(self) -> PreTrainedModel:
@@ -134,22 +149,22 @@ class MoEModule(L.LightningModule):
     @property
     def is_resumed(self) -> bool:
         """Whether this run goes on from a checkpoint."""
-        return self.trainer.ckpt_path is not None
+        return self.resume_from is not None
 
     def checkpoint_plan(self) -> KeepPlan | None:
         """Return the plan in the checkpoint that this run resumes from, without its weights."""
-        if not self.is_resumed:
+        if self.resume_from is None:
             return None
-        stored = torch.load(
-            str(self.trainer.ckpt_path), mmap=True, map_location="cpu", weights_only=False
-        )
+        stored = torch.load(self.resume_from, mmap=True, map_location="cpu", weights_only=False)
         data = stored.get(_CHECKPOINT_KEY, {}).get("plan")
         return None if data is None else KeepPlan.from_dict(data)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the loss terms and log each."""
         weights = self.loss_weights
-        outputs = self._forward(batch, router_logits=weights.load_balance > 0)
+        sites = find_sites(self.built_model) if weights.load_balance > 0 else ()
+        with recorded_routers(self.built_model, sites) as routers:
+            outputs = self._forward(batch)
         mask = batch["attention_mask"]
         terms = {"next_token": next_token_loss(outputs.logits, batch["input_ids"], mask)}
         if self.teacher is not None and weights.distillation > 0:
@@ -157,7 +172,10 @@ class MoEModule(L.LightningModule):
                 outputs.logits, self._teacher_logits(batch), mask, temperature=weights.temperature
             )
         if weights.load_balance > 0:
-            terms["load_balance"] = self._load_balance(outputs)
+            seen = [site for site in sites if site.name in routers]
+            terms["load_balance"] = load_balancing_loss(
+                [routers[site.name] for site in seen], [site.top_k for site in seen]
+            )
         loss = torch.stack([getattr(weights, k) * v for k, v in terms.items()]).sum()
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in terms.items()})
@@ -219,16 +237,16 @@ class MoEModule(L.LightningModule):
             self.plan = plan
         if plan != self.plan:
             raise PlanError(
-                "the checkpoint was written under another plan than this run's: resume with the "
-                "config of the run that wrote it"
+                "the checkpoint was written under another plan than the one that this run just "
+                "made: resume with `lit-moe fit --ckpt_path`, or set module.resume_from = PATH "
+                "before trainer.fit, so that the plan is taken from the checkpoint"
             )
         own = self.state_dict()
         checkpoint["state_dict"].update({k: v for k, v in own.items() if _is_teacher(k)})
 
-    def _forward(self, batch: Batch, *, router_logits: bool = False) -> Any:
-        options: dict[str, Any] = {"output_router_logits": True} if router_logits else {}
+    def _forward(self, batch: Batch) -> Any:
         return self.built_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         )
 
     @torch.no_grad()
@@ -238,15 +256,6 @@ class MoEModule(L.LightningModule):
         return self.teacher(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits
-
-    def _load_balance(self, outputs: Any) -> Tensor:
-        logits = getattr(outputs, "router_logits", None)
-        if not logits:
-            raise LitMoEError(
-                f"{type(self.built_model).__name__} does not report router logits, so "
-                "loss.load_balance must be 0"
-            )
-        return load_balancing_loss(logits, top_k=self.built_model.config.num_experts_per_tok)
 
     def _log_loss(self, stage: Literal["validation", "test"], batch: Batch) -> None:
         mask = batch["attention_mask"]

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -46,7 +47,7 @@ def test_the_five_lines_run(tmp_path):
     (code,) = blocks("python")
     model = build_model("embedded", dtype="float32")
     ids = torch.randint(0, 1024, (2, 64), generator=torch.Generator().manual_seed(0))
-    names = {
+    names: dict[str, Any] = {
         "lit_moe": lit_moe,
         "model": model,
         "batches": [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}],

@@ -21,11 +21,11 @@ from lit_moe.criteria.replay import (
     BlockCall,
     cached_experts,
     capture_calls,
-    evaluating,
     small_batches,
 )
 from lit_moe.criteria.subsets import Subset, all_subsets, num_subsets, sampled_subsets
 from lit_moe.errors import LitMoEError
+from lit_moe.inference import evaluating
 from lit_moe.stats.observe import observe
 
 

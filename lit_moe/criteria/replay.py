@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import LitMoEError
+from lit_moe.inference import evaluating
 from lit_moe.stats.slots import raw_outputs
 from lit_moe.stats.tap import TokenMask
 
@@ -157,18 +158,6 @@ def combine(outputs_ETH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     slots = zip(ids_TK.unbind(1), weights_TK.unbind(1), strict=True)
     terms = [outputs_ETH[ids, tokens] * weights[:, None] for ids, weights in slots]
     return torch.stack(terms).sum(dim=0)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and router noise off, and give every module its mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _all_outputs(

@@ -45,21 +45,21 @@ def logits_distillation_loss(
     return (kl_BS * mask).sum() / mask.sum().clamp(min=1) * temperature**2
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], *, top_k: int) -> Tensor:
+def load_balancing_loss(probabilities: Sequence[Tensor], top_k: Sequence[int]) -> Tensor:
     """Mean over layers of ``E/k * sum_e load_e * probability_e`` (Switch, 2101.03961, eq. 4).
 
-    ``load_e`` is the share of tokens routed to expert ``e``, ``probability_e`` its mean router
-    probability; 1 when the load is even. Layers may have different numbers of experts.
+    ``load_e`` is the share of tokens whose ``k`` most probable experts include ``e``,
+    ``probability_e`` its mean router probability; 1 when the load is even. Layers may have
+    different numbers of experts. Padding is not left out.
 
     Args:
-        router_logits: per MoE layer, shape ``(T, E)``.
-        top_k: experts per token.
+        probabilities: per MoE layer, shape ``(T, E)``, rows summing to at most 1.
+        top_k: experts per token, per layer.
     """
     losses = []
-    for logits_TE in router_logits:
-        probability_TE = logits_TE.float().softmax(dim=-1)
-        chosen = probability_TE.topk(top_k, dim=-1).indices
-        num_experts = logits_TE.shape[-1]
+    for probability_TE, k in zip(probabilities, top_k, strict=True):
+        chosen = probability_TE.topk(k, dim=-1).indices
+        num_experts = probability_TE.shape[-1]
         load_E = torch.bincount(chosen.flatten(), minlength=num_experts) / chosen.shape[0]
-        losses.append(num_experts / top_k * (load_E * probability_TE.mean(dim=0)).sum())
+        losses.append(num_experts / k * (load_E * probability_TE.mean(dim=0)).sum())
     return torch.stack(losses).mean()

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moe.distill.losses import next_token_nll
 from lit_moe.errors import LitMoEError
+from lit_moe.inference import evaluating
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,6 @@ def load_questions(path: str | Path) -> list[Question]:
     return records
 
 
-@torch.no_grad()
 def evaluate_multiple_choice(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> Accuracy:
@@ -78,15 +78,13 @@ def evaluate_multiple_choice(
 
     Choices are scored in one padded batch per question, in evaluation mode.
     """
-    was_training = model.training
-    model.eval()
     right_per_byte = right_sum = 0
-    for question in questions:
-        nll_C = _choice_nll(model, tokenizer, question)
-        length_C = torch.tensor([len(c.encode()) for c in question.choices])
-        right_per_byte += int((nll_C / length_C).argmin()) == question.answer
-        right_sum += int(nll_C.argmin()) == question.answer
-    model.train(was_training)
+    with evaluating(model):
+        for question in questions:
+            nll_C = _choice_nll(model, tokenizer, question)
+            length_C = torch.tensor([len(c.encode()) for c in question.choices])
+            right_per_byte += int((nll_C / length_C).argmin()) == question.answer
+            right_sum += int(nll_C.argmin()) == question.answer
     num = len(questions)
     accuracy = right_per_byte / num
     return Accuracy(

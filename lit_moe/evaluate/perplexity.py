@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lit_moe.distill.losses import next_token_nll
+from lit_moe.inference import evaluating
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Quality:
     domains: dict[str, float] = field(default_factory=dict)
 
 
+_ROWS = ("nll", "tokens", "nll_nll", "nll_tokens", "tokens_tokens", "blocks", "bytes")
+
+
 class Perplexity(Metric):
     """Accumulates sums per domain, reduced over ranks by torchmetrics.
 
@@ -49,8 +53,7 @@ class Perplexity(Metric):
     def __init__(self, domains: Sequence[str]) -> None:
         super().__init__()
         self.domains = tuple(domains)
-        # Rows: nll, squared block mean, tokens, blocks, bytes.
-        zeros = torch.zeros(5, len(self.domains), dtype=torch.float64)
+        zeros = torch.zeros(len(_ROWS), len(self.domains), dtype=torch.float64)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
 
     def update(
@@ -65,9 +68,9 @@ class Perplexity(Metric):
             num_bytes_B: bytes of the predicted text per block.
         """
         nll, tokens = nll_BS.double().sum(dim=1), mask_BS.double().sum(dim=1)
-        mean = nll / tokens.clamp(min=1)
-        rows = torch.stack([nll, mean**2, tokens, torch.ones_like(nll), num_bytes_B.double()])
-        self.sums.index_add_(1, domain_B, rows)
+        blocks, num_bytes = torch.ones_like(nll), num_bytes_B.double()
+        rows = [nll, tokens, nll * nll, nll * tokens, tokens * tokens, blocks, num_bytes]
+        self.sums.index_add_(1, domain_B, torch.stack(rows))
 
     def compute(self) -> Tensor:
         """Return the sums over ranks, shape ``(5, domains)``."""
@@ -79,25 +82,32 @@ class Perplexity(Metric):
         Collective: every rank must call it.
         """
         sums = self.compute().cpu()
-        nll, squares, tokens, blocks, num_bytes = sums.sum(dim=1).tolist()
-        mean = nll / max(tokens, 1)
-        variance = max(squares / max(blocks, 1) - mean**2, 0.0) / max(blocks - 1, 1)
+        total = dict(zip(_ROWS, sums.sum(dim=1).tolist(), strict=True))
+        mean = total["nll"] / max(total["tokens"], 1)
         perplexity = math.exp(min(mean, 700.0))
         per_domain = {
-            name: math.exp(min(float(sums[0, i] / sums[2, i]), 700.0))
+            name: math.exp(min(float(sums[0, i] / sums[1, i]), 700.0))
             for i, name in enumerate(self.domains)
-            if sums[2, i] > 0
+            if sums[1, i] > 0
         }
         return Quality(
             perplexity=perplexity,
-            stderr=perplexity * math.sqrt(variance),
-            bits_per_byte=nll / math.log(2) / max(num_bytes, 1),
-            tokens=int(tokens),
+            stderr=perplexity * _error_of_mean(total, mean),
+            bits_per_byte=total["nll"] / math.log(2) / max(total["bytes"], 1),
+            tokens=int(total["tokens"]),
             domains=per_domain,
         )
 
 
-@torch.no_grad()
+def _error_of_mean(total: dict[str, float], mean: float) -> float:
+    """Standard error of the ratio nll / tokens over blocks, which may differ in length."""
+    squares = total["nll_nll"] - 2 * mean * total["nll_tokens"] + mean**2 * total["tokens_tokens"]
+    blocks = total["blocks"]
+    if blocks < 2:
+        return 0.0
+    return math.sqrt(max(squares, 0.0) * blocks / (blocks - 1)) / max(total["tokens"], 1)
+
+
 def evaluate_perplexity(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], domains: Sequence[str]
 ) -> Quality:
@@ -111,17 +121,15 @@ def evaluate_perplexity(
         batches: dictionaries with ``input_ids``, ``attention_mask``, ``domain``, ``num_bytes``.
         domains: names of the domain indices.
     """
-    was_training = model.training
     metric = Perplexity(domains).to(model.device)
-    model.eval()
     start, tokens = time.perf_counter(), 0
-    for cpu_batch in batches:
-        batch = {key: value.to(model.device) for key, value in cpu_batch.items()}
-        mask = batch["attention_mask"]
-        logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits
-        nll = next_token_nll(logits, batch["input_ids"], mask)
-        metric.update(nll, mask[:, 1:], batch["domain"], batch["num_bytes"])
-        tokens += mask.numel()
+    with evaluating(model):
+        for cpu_batch in batches:
+            batch = {key: value.to(model.device) for key, value in cpu_batch.items()}
+            mask = batch["attention_mask"]
+            logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits
+            nll = next_token_nll(logits, batch["input_ids"], mask)
+            metric.update(nll, mask[:, 1:], batch["domain"], batch["num_bytes"])
+            tokens += mask.numel()
     seconds = time.perf_counter() - start
-    model.train(was_training)
     return replace(metric.quality(), tokens_per_second=tokens / max(seconds, 1e-9))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_moe.checkpoints import auto_class, load, model_class, read_config
 from lit_moe.errors import ExportError, LitMoEError
+from lit_moe.inference import evaluating
 
 PROBE_SHAPE = (2, 8)
 """Sequences and tokens that the logits are compared on."""
@@ -42,7 +42,7 @@ def max_logit_difference(
         ExportError: if the folder does not load, misses or adds weights, holds other weights, or
             its logits differ by more than rounding in the model's dtype.
     """
-    with torch.random.fork_rng(devices=_cuda_devices()), torch.no_grad(), _evaluating(model):
+    with torch.random.fork_rng(devices=_cuda_devices()), evaluating(model):
         reloaded = _reload(model, folder, own_loader=own_loader)
         if same_shapes:
             _compare_weights(model, reloaded)
@@ -155,15 +155,3 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 def _cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count()))
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, and afterwards the mode that each module had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_moe.adapters import count_experts, find_sites
-from lit_moe.errors import CalibrationError
+from lit_moe.adapters.site import MoESite
+from lit_moe.errors import CalibrationError, LitMoEError
+from lit_moe.inference import evaluating
 from lit_moe.stats.accumulators import RoutedSums
 from lit_moe.stats.observation import Observation
 from lit_moe.stats.tap import TokenMask, tapped
@@ -27,7 +30,6 @@ _CHECKED = 64
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
-@torch.no_grad()
 def observe(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = False
 ) -> Observation:
@@ -50,26 +52,59 @@ def observe(
     """
     sites = find_sites(model)
     sums = RoutedSums(count_experts(sites)).to(model.device)
-    mask, was_training = TokenMask(), model.training
-    stream = iter(batches)
-    first = next(stream, None)
-    if first is None:
-        raise CalibrationError("there is no calibration batch; give at least one")
-    model.eval()
-    try:
-        _check_undisturbed(model, sites, _start(_inputs(first, model.device)))
-        with tapped(model, sites, sums, mask):
-            for batch in _shown(chain([first], stream), batches, progress):
-                inputs = _inputs(batch, model.device)
-                mask.set(inputs)
-                model.base_model(**inputs)
-                sums.check_finite()
-    finally:
-        model.train(was_training)
+    with evaluating(model), failing_together():
+        _run(model, sites, sums, _shown(batches, progress))
     return sums.observation()
 
 
-def _check_undisturbed(model: PreTrainedModel, sites: tuple, inputs: dict[str, Tensor]) -> None:
+def _run(
+    model: PreTrainedModel,
+    sites: tuple[MoESite, ...],
+    sums: RoutedSums,
+    batches: Iterable[Mapping[str, Tensor]],
+) -> None:
+    mask, checked = TokenMask(), False
+    for batch in batches:
+        inputs = _inputs(batch, model.device)
+        if not checked:
+            _check_undisturbed(model, sites, _start(inputs))
+            checked = True
+        with tapped(model, sites, sums, mask):
+            mask.set(inputs)
+            model.base_model(**inputs)
+        sums.check_finite()
+    if not checked:
+        raise CalibrationError("there is no calibration batch; give at least one per rank")
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Collective: if a rank fails inside the block, all do, instead of waiting for it for ever.
+
+    Raises:
+        CalibrationError: on the ranks that did not fail themselves.
+    """
+    problem: LitMoEError | None = None
+    try:
+        yield
+    except LitMoEError as error:
+        problem = error
+    if dist.is_available() and dist.is_initialized():
+        failed = torch.tensor(int(problem is not None), device=_collective_device())
+        dist.all_reduce(failed)
+        if problem is None and failed:
+            raise CalibrationError(f"{int(failed)} other ranks stopped; their messages say why")
+    if problem is not None:
+        raise problem
+
+
+def _collective_device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _check_undisturbed(
+    model: PreTrainedModel, sites: tuple[MoESite, ...], inputs: dict[str, Tensor]
+) -> None:
     """Compare the model's last hidden states with and without the tap on one short sequence."""
     plain = model.base_model(**inputs)[0]
     mask = TokenMask()
@@ -97,9 +132,9 @@ def _start(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shown(
-    stream: Iterable[Mapping[str, Tensor]], batches: Iterable, progress: bool
+    batches: Iterable[Mapping[str, Tensor]], progress: bool
 ) -> Iterable[Mapping[str, Tensor]]:
     if not progress:
-        return stream
+        return batches
     total = len(batches) if isinstance(batches, Sized) else None
-    return track(stream, description="observing experts", total=total)
+    return track(batches, description="observing experts", total=total)

@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from itertools import pairwise
 
 import lightning as L
 import torch
@@ -54,7 +55,7 @@ def run() -> str:
 
 def _median_step(ends: list[float]) -> float:
     """Median time of a step, the first one left out."""
-    return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return statistics.median(b - a for a, b in pairwise(ends))
 
 
 def _bare(data: TextDataModule) -> list[float]:

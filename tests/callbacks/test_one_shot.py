@@ -7,11 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_moe import MoEModule
+from lit_moe.accounting import tensor_at
 from lit_moe.adapters import find_sites
 from lit_moe.callbacks import ExportModel, OneShotPruning, ReportWriter
+from lit_moe.callbacks.export import cast_weights
 from lit_moe.errors import LitMoEError, PlanError
 from lit_moe.module import LossWeights, OptimizerConfig
 from lit_moe.plan import KeepPlan
+from lit_moe.testing import tiny_moe
 
 NO_QUALITY = {"measure_quality": False, "figures": False}
 
@@ -63,36 +66,83 @@ def test_a_replayed_plan_gives_the_identical_model(checkpoint, make_data, make_t
         assert torch.equal(mine, theirs), name
 
 
-def test_resume_takes_the_plan_of_the_checkpoint_and_equals_the_uninterrupted_run(
+def test_resume_takes_the_plan_and_the_numbers_of_the_checkpoint_and_equals_the_whole_run(
     checkpoint, make_data, make_trainer, tmp_path
 ):
-    def run(max_steps, ckpt_path=None, save=None):
+    def run(max_steps, resume_from=None, save=None, **data_options):
         torch.manual_seed(0)
-        pruning = OneShotPruning("reap", keep_ratio=0.5)
-        trainer = make_trainer(pruning, ReportWriter(**NO_QUALITY), max_steps=max_steps)
+        pruning, writer = OneShotPruning("reap", keep_ratio=0.5), ReportWriter(figures=False)
+        trainer = make_trainer(pruning, writer, max_steps=max_steps)
         optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant")
         loss = LossWeights(distillation=0.5)
         module = MoEModule(str(checkpoint), optimizer=optimizer, loss=loss)
+        module.resume_from = resume_from
         # One batch with all blocks: the position in the data plays no part here.
-        data = make_data(batch_size=len(make_data().blocks("train")))
-        fit(trainer, module, data, ckpt_path=ckpt_path)
+        data = make_data(batch_size=len(make_data().blocks("train")), **data_options)
+        fit(trainer, module, data, ckpt_path=resume_from)
         if save:
             trainer.save_checkpoint(save)
-        return module, pruning
+        return module, writer.report
 
-    straight, _ = run(4)
+    straight, whole = run(4)
     saved = tmp_path / "half.ckpt"
     run(2, save=saved)
     stored = torch.load(saved, weights_only=False)
     assert not [key for key in stored["state_dict"] if key.startswith("teacher.")]
     assert KeepPlan.from_dict(stored["lit_moe"]["plan"]) == straight.plan
-    resumed, _ = run(4, ckpt_path=saved)
+    # Were it to calibrate again, it would not find the text.
+    resumed, report = run(4, resume_from=str(saved), calibration_files=["/gone.txt"])
     assert resumed.plan == straight.plan
+    assert list(report.quality) == ["before", "pruned", "recovered"]
+    assert report.quality["pruned"].perplexity == whole.quality["pruned"].perplexity
+    assert report.parameters == whole.parameters
     for (name, mine), (_, theirs) in zip(
         straight.state_dict().items(), resumed.state_dict().items(), strict=True
     ):
         # Blocks come in another order within the batch, so sums round differently.
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5, msg=name)
+    reloaded = MoEModule.load_from_checkpoint(saved)
+    assert find_sites(reloaded.built_model)[0].num_experts == 4
+    (tested,) = make_trainer(ReportWriter(**NO_QUALITY)).test(
+        MoEModule(str(checkpoint)), datamodule=make_data(), ckpt_path=saved, verbose=False
+    )
+    assert tested["test/loss"] > 0
+
+
+def test_validation_alone_prunes_nothing_and_writes_nothing(checkpoint, make_data, make_trainer):
+    trainer = make_trainer(OneShotPruning("reap", keep_ratio=0.5), ExportModel("model"))
+    module = MoEModule(str(checkpoint))
+    trainer.validate(module, datamodule=make_data(), verbose=False)
+    assert module.plan is None
+    assert find_sites(module.built_model)[0].num_experts == 8
+    assert not (Path(trainer.log_dir) / "report.json").exists()
+
+
+def test_a_report_written_first_in_the_list_still_knows_the_export(
+    checkpoint, make_data, make_trainer
+):
+    trainer = make_trainer(
+        ReportWriter(measure_quality=False, figures=False),
+        OneShotPruning("random", keep_ratio=0.5, protect=["model.layers.0.mlp:7"]),
+        ExportModel("model"),
+    )
+    fit(trainer, MoEModule(str(checkpoint)), make_data())
+    run = Path(trainer.log_dir)
+    assert str(run / "model") in (run / "report.md").read_text()
+    report = json.loads((run / "report.json").read_text())
+    assert json.loads((run / "model" / "report.json").read_text()) == report
+    assert report["status"] == "finished"
+    assert report["protected"] == {"model.layers.0.mlp": [7]}
+
+
+def test_casting_for_export_keeps_selection_biases_exact():
+    model = tiny_moe("deepseek_v3")
+    site = find_sites(model)[0]
+    (name,) = [axis.name for axis in site.axes if axis.kind == "select_bias"]
+    before = tensor_at(model, name).clone()
+    cast_weights(model, torch.bfloat16)
+    assert torch.equal(tensor_at(model, name), before)
+    assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 class Recorder(L.Callback):

@@ -58,13 +58,13 @@ def test_distillation_gradient_scale_does_not_vanish_with_temperature():
 
 
 def test_load_balance_is_one_when_even_and_up_to_experts_over_k_when_collapsed():
-    even = torch.eye(4) * 20
-    assert math.isclose(float(load_balancing_loss([even], top_k=1)), 1.0, rel_tol=1e-4)
+    even = torch.eye(4)
+    assert math.isclose(float(load_balancing_loss([even], [1])), 1.0)
     collapsed = torch.zeros(6, 4)
-    collapsed[:, 2] = 30.0
-    assert math.isclose(float(load_balancing_loss([collapsed], top_k=1)), 4.0, rel_tol=1e-4)
+    collapsed[:, 2] = 1.0
+    assert math.isclose(float(load_balancing_loss([collapsed], [1])), 4.0)
 
 
 def test_load_balance_takes_layers_of_different_widths():
-    layers = [torch.eye(4) * 20, torch.eye(3) * 20]
-    assert math.isclose(float(load_balancing_loss(layers, top_k=1)), 1.0, rel_tol=1e-4)
+    layers = [torch.eye(4), torch.eye(3)]
+    assert math.isclose(float(load_balancing_loss(layers, [1, 1])), 1.0)

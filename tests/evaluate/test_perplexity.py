@@ -20,7 +20,7 @@ def test_perplexity_bits_and_error_by_hand():
     assert quality.tokens == 4
     assert math.isclose(quality.bits_per_byte, 10.0 / math.log(2) / 8)
     # Block means 2 and 3: variance 0.25, error of the mean sqrt(0.25 / (2 - 1)).
-    assert math.isclose(quality.stderr, math.exp(2.5) * 0.5)
+    assert math.isclose(quality.stderr, math.exp(2.5) * 0.5, rel_tol=1e-9)
     assert math.isclose(quality.domains["a"], math.exp(2.0))
     assert math.isclose(quality.domains["b"], math.exp(3.0))
 
@@ -54,3 +54,14 @@ def test_evaluation_equals_the_models_own_loss_and_restores_the_mode(make_data):
     assert math.isclose(quality.perplexity, math.exp(float(expected)), rel_tol=1e-5)
     assert quality.tokens_per_second > 0
     assert set(quality.domains) == set(domains)
+
+
+def test_error_of_blocks_of_different_length_is_that_of_a_ratio():
+    metric = Perplexity(["a"])
+    nll = torch.tensor([[2.0, 2.0, 2.0, 2.0], [4.0, 0.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    metric.update(nll, mask, torch.tensor([0, 0]), torch.tensor([4, 1]))
+    mean = 12 / 5
+    residuals = [8 - 4 * mean, 4 - mean]
+    expected = math.sqrt(sum(r * r for r in residuals) * 2 / 1) / 5
+    assert math.isclose(metric.quality().stderr, math.exp(mean) * expected, rel_tol=1e-9)
