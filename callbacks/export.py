@@ -25,7 +25,8 @@ class ExportModel(Callback):
         path: the folder to make; relative to the run's folder unless absolute.
         layout: for layers with different numbers of experts, see ``lit_moe.export.export``.
         overwrite: replace an older export.
-        dtype: cast the weights before writing; None keeps those of training.
+        dtype: cast the weights before writing; ``auto`` is the source checkpoint's own, None
+            keeps those of training.
         verify: reload the folder and compare logits.
     """
 
@@ -34,7 +35,7 @@ class ExportModel(Callback):
         path: str = "model",
         layout: Literal["auto", "per_layer_config", "padded"] = "auto",
         overwrite: bool = False,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = "auto",
         verify: bool = True,
     ) -> None:
         self.path = path
@@ -59,8 +60,9 @@ class ExportModel(Callback):
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             model = pl_module.built_model
-            if self.dtype is not None:
-                cast_weights(model, getattr(torch, self.dtype))
+            dtype = pl_module.source_dtype if self.dtype == "auto" else self.dtype
+            if dtype is not None:
+                cast_weights(model, getattr(torch, dtype))
             with writer.phase("export"):
                 result = export(
                     model,

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_moe.adapters import find_sites
+from lit_moe.adapters import count_experts, find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.callbacks.report import ReportWriter, report_writer
 from lit_moe.criteria import UnroutedRule, apply_unrouted, get_criterion, score
@@ -49,7 +49,8 @@ class OneShotPruning(Callback):
         unrouted: what becomes of experts that saw no calibration token.
         protect: layers (``model.layers.0.*``) and experts (``model.layers.3.mlp:1,5``) that stay;
             ``super-experts`` protects those with extreme activations.
-        plan: a plan file to replay; then nothing is observed, and no criterion or budget is used.
+        plan: a plan file to replay; then nothing is observed, and criterion and budget do not
+            count.
     """
 
     def __init__(
@@ -93,9 +94,12 @@ class OneShotPruning(Callback):
             sites = find_sites(model)
             budget = self._complete_budget(module, sites)
             check_budget(budget, sites, self.protect)
+            if self.criterion.needs & {"routing", "forward"}:
+                _calibration_share(trainer)  # a missing file should not show after an evaluation
             writer.measure(trainer, module, "before")
             plan = self._decide(trainer, module, sites, budget)
         elif not module.is_resumed:
+            plan.check_fits(count_experts(find_sites(model)))
             writer.measure(trainer, module, "before")
         with writer.phase("shrink"):
             module.plan = KeepPlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))
@@ -128,7 +132,13 @@ class OneShotPruning(Callback):
         writer.scores = dict(scores)
         if observation is not None and "routing" in self.criterion.needs:
             scores = apply_unrouted(scores, observation, self.unrouted)
-        return select(scores, budget=budget, sites=sites, protect=protect)
+        plan = select(scores, budget=budget, sites=sites, protect=protect)
+        if budget.keep_ratio is not None and abs(plan.keep_ratio - budget.keep_ratio) > 1e-9:
+            writer.report.warnings.append(
+                f"keep_ratio={budget.keep_ratio:g} was asked; counts that the routers allow and "
+                f"protected experts make it {plan.keep_ratio:.4g}"
+            )
+        return plan
 
     def _observe(
         self, trainer: Trainer, module: MoEModule, writer: ReportWriter
@@ -191,11 +201,12 @@ def _calibration_share(trainer: Trainer) -> DataLoader[dict[str, Tensor]]:
 
 def _one_budget(keep_ratio: float | None, budget: Budget | None, *, replays: bool) -> Budget | None:
     if replays:
-        if keep_ratio is not None or budget is not None:
-            raise LitMoEError("a replayed plan needs no keep_ratio and no budget; remove them")
-        return None
+        return None  # the plan says it all
     if budget is not None and keep_ratio is not None:
-        raise LitMoEError("give either keep_ratio or budget, not both")
+        raise LitMoEError(
+            f"keep_ratio={keep_ratio:g} and a budget are both given; keep the budget by "
+            "`keep_ratio: null`, or leave the budget out"
+        )
     return budget if budget is not None else Budget(keep_ratio=keep_ratio)
 
 

@@ -98,6 +98,16 @@ class ReportWriter(Callback):
             write_json(self.report, Path(self.report.export.path) / JSON_NAME)
         self._print()
 
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
+        """When the run breaks. Writes what there is and says where."""
+        if self._report is None or not self._show:
+            return
+        self.report.status = "interrupted"
+        self.write()
+        Console(stderr=True).print(
+            f"interrupted; what was found is in {self.folder / JSON_NAME}", soft_wrap=True
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run cannot measure again."""
         return {} if self._report is None else {"report": self.report.to_dict()}
@@ -194,6 +204,8 @@ class ReportWriter(Callback):
     def _print(self) -> None:
         console = Console()
         console.print(summary_table(self.report))
+        for sentence in self.report.warnings:
+            console.print(f"note: {sentence}", soft_wrap=True, highlight=False)
         lines: dict[str, Any] = {
             "report": self.folder / MARKDOWN_NAME,
             "tensorboard": f"tensorboard --logdir {self.folder}",

@@ -37,6 +37,21 @@ lit-moe <command> --help lists the options of a command.
 `lightning` and `python -m lit_moe` are the same program.
 """
 
+COMMAND_USAGE = """\
+usage: lit-moe {command} --config FILE [--config FILE ...] [--KEY VALUE ...]
+
+  --config FILE                 a YAML file; later ones are merged over earlier ones
+  --model.init_args.KEY VALUE   model_name_or_path, dtype, optimizer.learning_rate, ...
+  --data.init_args.KEY VALUE    calibration_files, train_files, test_files, sequence_length, ...
+  --trainer.KEY VALUE           devices, strategy, precision, max_steps, default_root_dir, ...
+  --CALLBACK.KEY VALUE          a field of a callback in the file: --OneShotPruning.keep_ratio 0.25
+  --ckpt_path PATH              go on from a checkpoint ("last" for the newest)
+  --print_config                print the merged configuration and stop
+  --help-all                    every key, with its type and default
+
+A list in YAML is replaced by that of a later file; `callbacks+:` appends to it.
+"""
+
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (*TRAINER_COMMANDS, "inspect")
 
@@ -56,9 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(args)
-    except LitMoEError as error:
-        print(f"lit-moe: error: {error}", file=sys.stderr)
+    except Exception as error:
+        request = _unmet_request(error)
+        if request is None:
+            raise
+        print(f"lit-moe: error: {request}", file=sys.stderr)
         return 2
+
+
+def _unmet_request(error: BaseException | None) -> LitMoEError | None:
+    """Return the error that a user can mend, also from below what a parser wrapped around it."""
+    while error is not None:
+        if isinstance(error, LitMoEError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _run(args: list[str]) -> int:
@@ -66,6 +93,9 @@ def _run(args: list[str]) -> int:
         from lit_moe import __version__
 
         print(f"lit-moe {__version__}")
+        return 0
+    if args[0] in TRAINER_COMMANDS and args[1:] in (["-h"], ["--help"]):
+        print(COMMAND_USAGE.format(command=args[0]), end="")
         return 0
     if args[0] in TRAINER_COMMANDS:
         return _train(args)
@@ -79,7 +109,7 @@ def _train(args: list[str]) -> int:
     from lit_moe.commands import run_trainer
 
     # Lightning reads sys.argv, also to start further ranks as processes of their own.
-    sys.argv = [sys.argv[0], *args]
+    sys.argv = [sys.argv[0], *("--help" if word == "--help-all" else word for word in args)]
     run_trainer()
     return 0
 
@@ -122,6 +152,7 @@ def _silence_third_parties() -> None:
     """Drop notices that a user of lit-moe can do nothing about."""
     for message in (
         ".*LeafSpec.*is deprecated.*",  # lightning's use of torch's pytree
+        ".*args parameter is intended to run from within Python.*",  # we take our own words out
         ".*does not have many workers.*",  # blocks are in memory: workers only cost
         ".*all_gather_into_tensor.*deprecated.*",  # deepspeed's use of torch.distributed
         ".*in eval mode at the start of training.*",  # the frozen teacher is meant to be

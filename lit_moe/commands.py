@@ -8,15 +8,21 @@ import re
 import sys
 from argparse import Action
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
 
-_IN_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':\s+(?=(\S[^\n]*))")
+_IN_CLASS = re.compile(
+    r"Problem with given class_path '([\w.]+)':\s+(?=(Parser key[^\n]+\n[^\n]+|\S[^\n]*))"
+)
+_CALLBACK = re.compile(r"--([A-Z]\w+)\.(\w+)(?:=(.*))?$", re.DOTALL)
 _KEY = re.compile(
     r"(?:(?:[Oo]ption|(?<!Parser )[Kk]ey|attribute) ['\"]|unrecognized arguments: --)([\w.]+)"
 )
@@ -32,6 +38,14 @@ class _Parser(LightningArgumentParser):
 
 
 class _CLI(LightningCLI):
+    overrides: ClassVar[list[tuple[str, str, str]]] = []
+
+    def before_instantiate_classes(self) -> None:
+        """Set the fields of callbacks that were named by class on the command line."""
+        config = self.config[self.subcommand]
+        for name, field, text in self.overrides:
+            _override(config.trainer.callbacks or [], name, field, yaml.safe_load(text))
+
     def before_fit(self) -> None:
         """Tell the module where it resumes from: lightning does so only after it is built."""
         path = self._get(self.config_init, "ckpt_path")
@@ -44,15 +58,56 @@ class _CLI(LightningCLI):
 
 def run_trainer() -> None:
     """Parse ``sys.argv``, build trainer, module and data, and run the command."""
+    words, _CLI.overrides = split_callback_words(sys.argv[1:])
+    # Further ranks are started with sys.argv as it is; only the parser must not see our words.
     _CLI(
         MoEModule,
         L.LightningDataModule,
+        args=words,
         parser_class=_Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=42,
         save_config_kwargs={"overwrite": True},
     )
+
+
+def split_callback_words(words: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """Take ``--Class.field value`` and ``--Class.field=value`` out of a command line.
+
+    Returns:
+        The other words, and triples of class name, field and text of the value.
+
+    >>> split_callback_words(["fit", "--OneShotPruning.keep_ratio", "0.25", "--trainer.devices=2"])
+    (['fit', '--trainer.devices=2'], [('OneShotPruning', 'keep_ratio', '0.25')])
+    """
+    rest: list[str] = []
+    found: list[tuple[str, str, str]] = []
+    stream = iter(words)
+    for word in stream:
+        match = _CALLBACK.match(word)
+        if match is None:
+            rest.append(word)
+            continue
+        name, field, value = match.groups()
+        found.append((name, field, next(stream, "") if value is None else value))
+    return rest, found
+
+
+def _override(callbacks: list[Any], name: str, field: str, value: object) -> None:
+    classes = {entry.class_path.rpartition(".")[2]: entry for entry in callbacks}
+    if name not in classes:
+        raise LitMoEError(
+            f"--{name}.{field}: the configuration has no callback {name}; it has {sorted(classes)}"
+        )
+    known = _names_near(classes[name].class_path, "")
+    if field not in known:
+        near = difflib.get_close_matches(field, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        raise LitMoEError(f"--{name}.{field}: {name} has no such field; {hint}")
+    if "init_args" not in classes[name]:
+        classes[name]["init_args"] = Namespace()
+    classes[name].init_args[field] = value
 
 
 def one_sentence(message: str, known: list[str]) -> str:
@@ -65,7 +120,8 @@ def one_sentence(message: str, known: list[str]) -> str:
     problems = _IN_CLASS.findall(message)
     if not problems:
         return message + _nearest(message, known)
-    class_path, reason = problems[-1]
+    class_path, lines = problems[-1]
+    reason = " ".join(lines.replace("a typing.Literal", "one of ").split())
     return f"{class_path}: {reason}{_nearest(reason, _names_near(class_path, reason))}"
 
 

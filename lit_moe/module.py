@@ -21,7 +21,13 @@ from lit_moe.distill.losses import (
 )
 from lit_moe.distill.routers import recorded_routers
 from lit_moe.errors import PlanError
-from lit_moe.models import DType, build_model, check_vocabulary, frozen_copy
+from lit_moe.models import (
+    DType,
+    build_model,
+    check_vocabulary,
+    checkpoint_dtype,
+    frozen_copy,
+)
 from lit_moe.plan import KeepPlan
 from lit_moe.surgery import shrink
 
@@ -111,6 +117,7 @@ class MoEModule(L.LightningModule):
         self.model: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.plan: KeepPlan | None = None
+        self.source_dtype: str | None = None
         self.resume_from: str | None = None
         self.save_hyperparameters(logger=False)
 
@@ -124,6 +131,8 @@ class MoEModule(L.LightningModule):
             dtype=self.dtype_name,
             trust_remote_code=self.trust_remote_code,
         )
+        if self.architecture is None:
+            self.source_dtype = checkpoint_dtype(self.model_name_or_path)
         if self.loss_weights.distillation > 0:
             self.teacher = frozen_copy(self.model)
         if self._trainer is not None:  # load_from_checkpoint has none

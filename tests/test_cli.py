@@ -61,6 +61,45 @@ def test_a_misspelt_key_names_the_nearest_in_one_line(key, message, capsys, monk
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--OneShotPruning.keep_ratio", "1.5"], "keep_ratio=1.5"),
+        (["--OneShotPruning.keep_ratio=0"], "keep_ratio=0"),
+        (["--OneShotPruning.criterion=reapp"], "did you mean 'reap'?"),
+        (["--OneShotPruning.kep_ratio=0.5"], "did you mean 'keep_ratio'?"),
+        (["--OneShotPruning.plan=nope.json"], "nope.json does not exist"),
+        (["--OneShotPruning.budget={keep_experts: 4}"], "keep_ratio: null"),
+        (["--ExpertMonitor.every_n_steps=2"], "has no callback ExpertMonitor"),
+        (["--data.init_args.batch_size=0"], "batch_size=0"),
+    ],
+)
+def test_a_wrong_value_from_yaml_or_the_command_line_is_one_sentence(
+    words, message, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sys, "argv", ["lit-moe"])
+    here = cli.__file__.removesuffix("lit_moe/cli.py")
+    monkeypatch.chdir(tmp_path)
+    config = f"{here}configs/one_shot/reap.yaml"
+    assert cli.main(["fit", "--config", config, *words]) == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert message in sentence
+
+
+def test_a_literal_that_is_none_names_the_choices(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit-moe"])
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config=configs/one_shot/reap.yaml", "--model.init_args.dtype=float31"])
+    assert "'bfloat16'" in capsys.readouterr().err
+
+
+def test_help_of_a_command_is_quick_and_names_the_keys_people_change(capsys):
+    assert cli.main(["fit", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("calibration_files", "--OneShotPruning.keep_ratio", "--help-all"):
+        assert word in shown
+
+
 def test_a_parser_report_is_reduced_to_its_innermost_complaint():
     report = (
         "Parser key \"model\":\n  Problem with given class_path 'lit_moe.MoEModule':\n"
@@ -88,6 +127,7 @@ def test_fit_from_another_folder_with_composed_configs(checkpoint, pages, tmp_pa
         f"{here}configs/one_shot/frequency.yaml",
         "--config",
         str(extra),
+        "--OneShotPruning.keep_ratio=0.25",
         f"--model.init_args.model_name_or_path={checkpoint}",
         f"--data.init_args.calibration_files=[{pages}]",
         f"--data.init_args.test_files=[{pages}]",
@@ -98,7 +138,8 @@ def test_fit_from_another_folder_with_composed_configs(checkpoint, pages, tmp_pa
     (folder,) = (tmp_path / "runs/one_shot_frequency/lightning_logs").iterdir()
     report = json.loads((folder / "report.json").read_text())
     assert report["status"] == "finished"
-    assert (folder / "config.yaml").is_file()
+    assert {len(layer["kept"]) for layer in report["experts"].values()} == {2}
+    assert "keep_ratio: 0.25" in (folder / "config.yaml").read_text()
     assert (folder / "model" / "config.json").is_file()
     assert not list(folder.glob("*.png"))  # the appended ReportWriter replaced the default one
     assert "report.md" in result.stdout

@@ -63,11 +63,11 @@ def _read_file(path: Path) -> Dataset:
         raise LitMoEError(f"text file {path} does not exist (looked from {os.getcwd()})")
     if path.stat().st_size == 0:
         raise LitMoEError(f"text file {path} is empty")
-    if path.suffix == ".txt":
-        return Dataset.from_generator(
-            _pieces, gen_kwargs={"path": str(path), "stamp": path.stat().st_mtime_ns}
-        )
     try:
+        if path.suffix == ".txt":
+            return Dataset.from_generator(
+                _pieces, gen_kwargs={"path": str(path), "stamp": path.stat().st_mtime_ns}
+            )
         return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         raise LitMoEError(f"text file {path} could not be read: {_innermost(error)}") from error

@@ -84,7 +84,7 @@ class TextDataModule(L.LightningDataModule):
         """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
             name = self.tokenizer_name or self._model_name()
-            self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+            self._tokenizer = _load_tokenizer(name)
         return self._tokenizer
 
     def blocks(self, split: Split) -> Blocks:
@@ -154,3 +154,16 @@ def _bytes_on_disk(sources: list[str]) -> int:
     """Size of the files among the sources; a folder or hub id counts as large."""
     files = [Path(source) for source in sources]
     return sum(f.stat().st_size if f.is_file() else 1 << 30 for f in files)
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise LitMoEError(f"{name!r} has no tokenizer that could be loaded: {error}") from error
+    if len(tokenizer) < 2:  # transformers makes an empty one where a folder has none
+        raise LitMoEError(
+            f"{name!r} has no tokenizer; name a folder or hub id that has one in "
+            "data.init_args.tokenizer"
+        )
+    return tokenizer

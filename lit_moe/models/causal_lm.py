@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_moe.assets import resolve_model
-from lit_moe.checkpoints import load
+from lit_moe.checkpoints import load, read_config
 from lit_moe.errors import LitMoEError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -41,6 +41,13 @@ def build_model(
     source = resolve_model(name_or_path)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     return load(source, dtype=dtype, **options).eval()
+
+
+def checkpoint_dtype(name_or_path: str) -> str | None:
+    """Return the dtype that a checkpoint says it is stored in, for instance ``bfloat16``."""
+    config = read_config(resolve_model(name_or_path))
+    dtype = config.dtype or getattr(config.get_text_config(), "dtype", None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -74,7 +74,8 @@ class RunReport:
         source: folder or hub id that the model came from.
         family: model type, for instance ``mixtral``.
         seed: of the run.
-        status: ``finished`` once every part of the run is through.
+        status: ``finished`` once every part of the run is through; ``interrupted`` by an error or
+            the keyboard; a killed run stays ``running``.
         versions: package -> version, with ``python``.
         seconds: phase -> wall-clock time, in the order of the phases.
         calibration: how the experts were observed.
@@ -95,7 +96,7 @@ class RunReport:
     source: str
     family: str
     seed: int | None = None
-    status: Literal["running", "finished"] = "running"
+    status: Literal["running", "finished", "interrupted"] = "running"
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)

@@ -39,7 +39,7 @@ def summary_rows(report: RunReport) -> list[tuple[str, list[str]]]:
         ("bits per byte", _quality_cells(report, lambda q: f"{q.bits_per_byte:.3f}")),
         ("parameters", _size_cells(report.parameters, names, count)),
         ("active parameters", _size_cells(report.active_parameters, names, count)),
-        ("bytes", _size_cells(report.bytes, names, size)),
+        ("bytes in memory", _size_cells(report.bytes, names, size)),
         ("tokens per second", _quality_cells(report, _speed)),
     ]
     return [(label, cells) for label, cells in rows if any(cell != "-" for cell in cells)]

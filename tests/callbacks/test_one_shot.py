@@ -4,11 +4,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_moe import MoEModule
 from lit_moe.accounting import tensor_at
 from lit_moe.adapters import find_sites
+from lit_moe.assets import model_folder
 from lit_moe.callbacks import ExportModel, OneShotPruning, ReportWriter
 from lit_moe.callbacks.export import cast_weights
 from lit_moe.errors import LitMoEError, PlanError
@@ -133,6 +134,41 @@ def test_a_report_written_first_in_the_list_still_knows_the_export(
     assert json.loads((run / "model" / "report.json").read_text()) == report
     assert report["status"] == "finished"
     assert report["protected"] == {"model.layers.0.mlp": [7]}
+
+
+def test_the_export_is_stored_as_its_source_was(make_data, make_trainer, tmp_path):
+    source = tmp_path / "source"
+    tiny_moe("mixtral", vocab_size=1024).to(torch.bfloat16).save_pretrained(source)
+    AutoTokenizer.from_pretrained(model_folder()).save_pretrained(source)
+    trainer = make_trainer(
+        OneShotPruning("random", keep_ratio=0.5), ExportModel("model"), ReportWriter(**NO_QUALITY)
+    )
+    module = MoEModule(str(source), dtype="float32")
+    fit(trainer, module, make_data())
+    exported = AutoModelForCausalLM.from_pretrained(Path(trainer.log_dir) / "model")
+    assert exported.dtype == torch.bfloat16
+
+
+def test_an_interrupted_run_says_so_and_keeps_what_it_found(checkpoint, make_data, make_trainer):
+    class Break(L.Callback):
+        def on_train_batch_end(self, *_):
+            raise OSError("the disk went away")
+
+    trainer = make_trainer(OneShotPruning("random", keep_ratio=0.5), Break(), max_steps=2)
+    with pytest.raises(OSError, match="went away"):
+        fit(trainer, MoEModule(str(checkpoint)), make_data())
+    report = json.loads((Path(trainer.log_dir) / "report.json").read_text())
+    assert report["status"] == "interrupted"
+    assert set(report["quality"]) == {"before", "pruned"}
+
+
+def test_a_ratio_that_the_router_cannot_meet_exactly_is_noted(make_data, make_trainer, tmp_path):
+    tiny_moe("mixtral", num_experts=6, vocab_size=1024).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder()).save_pretrained(tmp_path)
+    writer = ReportWriter(**NO_QUALITY)
+    trainer = make_trainer(OneShotPruning("random", keep_ratio=0.6), writer)
+    fit(trainer, MoEModule(str(tmp_path)), make_data())
+    assert any("keep_ratio=0.6 was asked" in sentence for sentence in writer.report.warnings)
 
 
 def test_casting_for_export_keeps_selection_biases_exact():

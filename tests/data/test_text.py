@@ -8,6 +8,7 @@ from lit_moe.assets import model_folder
 from lit_moe.data import TextDataModule
 from lit_moe.data.blocks import Blocks
 from lit_moe.errors import LitMoEError
+from lit_moe.testing import tiny_moe
 
 SENTENCE = "In the beginning was the word, and the word was packed into blocks.\n"
 
@@ -128,3 +129,15 @@ def test_fewer_training_blocks_than_one_batch_is_refused(text_sources):
     data = TextDataModule(train_files=text_sources["txt"], sequence_length=128, batch_size=64)
     with pytest.raises(LitMoEError, match="less than one batch of 64"):
         data.train_dataloader()
+
+
+def test_a_folder_without_a_tokenizer_is_said_to_have_none(tmp_path):
+    tiny_moe("mixtral", vocab_size=64).save_pretrained(tmp_path)
+    with pytest.raises(LitMoEError, match="has no tokenizer"):
+        module_with(None, tokenizer=str(tmp_path)).blocks("calibration")
+
+
+def test_text_that_is_no_utf8_names_the_file(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Stra\xdfe ".encode("latin-1") * 100)
+    with pytest.raises(LitMoEError, match=r"latin\.txt could not be read.*utf-8"):
+        module_with([str(tmp_path / "latin.txt")]).blocks("calibration")
