@@ -98,7 +98,7 @@ class ReportWriter(Callback):
             write_json(self.report, Path(self.report.export.path) / JSON_NAME)
         self._print()
 
-    def on_exception(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
         """When the run breaks. Writes what there is and says where."""
         if self._report is None or not self._show:
             return

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_moe.adapters import find_sites as find_sites
     from lit_moe.checkpoints import load as load
     from lit_moe.criteria import score as score
     from lit_moe.export import export as export
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "KeepPlan": "lit_moe.plan",
     "MoEModule": "lit_moe.module",
+    "find_sites": "lit_moe.adapters",
     "load": "lit_moe.checkpoints",
     "masked": "lit_moe.masking",
     "observe": "lit_moe.stats",

@@ -138,7 +138,9 @@ def test_a_report_written_first_in_the_list_still_knows_the_export(
 
 def test_the_export_is_stored_as_its_source_was(make_data, make_trainer, tmp_path):
     source = tmp_path / "source"
-    tiny_moe("mixtral", vocab_size=1024).to(torch.bfloat16).save_pretrained(source)
+    model = tiny_moe("mixtral", vocab_size=1024)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(source)
     AutoTokenizer.from_pretrained(model_folder()).save_pretrained(source)
     trainer = make_trainer(
         OneShotPruning("random", keep_ratio=0.5), ExportModel("model"), ReportWriter(**NO_QUALITY)
