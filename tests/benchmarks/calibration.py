@@ -52,9 +52,7 @@ def _measure(shape: str, dtype: str) -> list[str]:
         lambda: _plain(model, inputs), lambda: observe(model, [inputs] * BATCHES), pairs=5
     )
     _, _, oracle = interleaved(
-        lambda: observe(model, [inputs] * 4),
-        lambda: [all_experts_statistics(model, inputs) for _ in range(4)],
-        pairs=3,
+        lambda: observe(model, [inputs]), lambda: all_experts_statistics(model, inputs), pairs=3
     )
     memory = _peak(shape, dtype, "observe") / _peak(shape, dtype, "plain")
     return [
