@@ -80,11 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unmet_request(error: BaseException | None) -> LitMoEError | None:
-    """Return the error that a user can mend, also from below what a parser wrapped around it."""
+    """Return the error that a user can mend, also from below what a parser wrapped around it.
+
+    Only causes are followed: what breaks while such an error is handled is a defect, and is shown.
+    """
     while error is not None:
         if isinstance(error, LitMoEError):
             return error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return None
 
 

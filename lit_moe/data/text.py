@@ -30,9 +30,9 @@ class TextDataModule(L.LightningDataModule):
         tokenizer: folder or hub id; None takes the one of the model.
         sequence_length: tokens per block, at least 2.
         batch_size: blocks per batch and device.
-        calibration_tokens: at most so many tokens are observed, taken in turn from each domain.
-        test_tokens: at most so many tokens are evaluated for the report, taken in turn from each
-            domain; None takes all.
+        calibration_tokens: so many tokens are observed, rounded up to whole blocks, taken in turn
+            from each domain; fewer if the text has fewer.
+        test_tokens: likewise the tokens evaluated for the report; None takes all.
         text_column: the column of the text in structured files.
         balance_domains: draw training blocks so that each domain is equally frequent.
         seed: order of the training blocks.
