@@ -24,6 +24,7 @@ from transformers.utils import (
 
 from lit_moe.errors import LitMoEError, UnsupportedModelError
 from lit_moe.heterogeneous import global_values_readable, per_layer_counts
+from lit_moe.progress import late_progress_bars
 
 REMOTE_CODE_FILE = "modeling_lit_moe.py"
 """Name of the modelling file that a non-uniform export carries for people without lit-moe."""
@@ -131,7 +132,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     _forget_remote_copy(config)
     cls = model_class(config)
     kwargs.setdefault("dtype", "auto")
-    with per_layer_counts(config, cls):
+    with per_layer_counts(config, cls), late_progress_bars():
         return cls.from_pretrained(path, config=config, **kwargs)
 
 

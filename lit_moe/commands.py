@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn
 import lightning as L
 import yaml
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -37,6 +38,14 @@ class _Parser(LightningArgumentParser):
         sys.exit(2)
 
 
+class _ProgressBar(RichProgressBar):
+    """Lightning's own, which counts to epoch -2 in a run whose end is a number of steps."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        description = super()._get_train_description(current_epoch)
+        return description.replace("/-2", "   ")  # as wide as before: else it flickers
+
+
 class _CLI(LightningCLI):
     overrides: ClassVar[list[tuple[str, str, str]]] = []
 
@@ -45,6 +54,15 @@ class _CLI(LightningCLI):
         config = self.config[self.subcommand]
         for name, field, text in self.overrides:
             _override(config.trainer.callbacks or [], name, field, yaml.safe_load(text))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer, with our progress bar where lightning would add its own."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = config.callbacks or []
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if config.enable_progress_bar is not False and not has_bar:
+            kwargs["callbacks"] = [*callbacks, _ProgressBar()]
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Tell the module where it resumes from: lightning does so only after it is built."""

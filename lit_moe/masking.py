@@ -38,7 +38,7 @@ class RouterMask:
         self._sites = find_sites(model)
         self._adapter = adapter_for(model.config)
         self._handles: list[Handle] = []
-        plan.check_fits(count_experts(self._sites))
+        plan.check_fits(count_experts(self._sites), family=model.config.model_type)
         for site in self._sites:
             self._adapter.check_keep(site, plan.kept[site.name])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ class KeepPlan:
     Attributes:
         kept: MoE layer name -> ascending expert ids in the numbering of the unpruned model.
         num_experts: MoE layer name -> number of routed experts before pruning.
+        family: model type that the plan was made for, for instance ``mixtral``; None if unknown.
+            Like ``source`` it says where a decision comes from, not what it is: equal decisions
+            are equal plans.
+        source: folder or hub id of that model; None if unknown.
 
     Raises:
         PlanError: if an id is out of range, repeated or out of order, a layer keeps nothing, or
@@ -32,6 +36,8 @@ class KeepPlan:
 
     kept: Mapping[str, tuple[int, ...]]
     num_experts: Mapping[str, int]
+    family: str | None = field(default=None, compare=False)
+    source: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", {k: tuple(v) for k, v in self.kept.items()})
@@ -75,17 +81,22 @@ class KeepPlan:
         stay = set(self.kept[layer])
         return tuple(e for e in range(self.num_experts[layer]) if e not in stay)
 
+    def made_for(self, *, family: str | None, source: str | None = None) -> KeepPlan:
+        """Return the same decision with the model that it was made for."""
+        return replace(self, family=family, source=source)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers, as stored in JSON and in checkpoints."""
         layers = {
             layer: {"num_experts": self.num_experts[layer], "kept": list(ids)}
             for layer, ids in self.kept.items()
         }
-        return {"format": FORMAT, "layers": layers}
+        model = {"family": self.family, "source": self.source}
+        return {"format": FORMAT, "model": model, "layers": layers}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KeepPlan:
-        """Inverse of :meth:`to_dict`.
+        """Inverse of :meth:`to_dict`; also of plans that do not name their model.
 
         Raises:
             PlanError: if ``data`` is not a keep plan of this format.
@@ -96,7 +107,10 @@ class KeepPlan:
         try:
             layers = data["layers"]
             kept = {k: tuple(int(e) for e in v["kept"]) for k, v in layers.items()}
-            return cls(kept, {k: int(v["num_experts"]) for k, v in layers.items()})
+            num_experts = {k: int(v["num_experts"]) for k, v in layers.items()}
+            model = data.get("model") or {}
+            names = {key: _optional_text(model.get(key)) for key in ("family", "source")}
+            return cls(kept, num_experts, **names)
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"keep plan is damaged: {error!r} is missing or malformed") from error
 
@@ -118,15 +132,22 @@ class KeepPlan:
         except json.JSONDecodeError as error:
             raise PlanError(f"plan file {path} is not JSON: {error}") from error
 
-    def check_fits(self, num_experts: Mapping[str, int]) -> None:
+    def check_fits(self, num_experts: Mapping[str, int], *, family: str | None = None) -> None:
         """Refuse a plan made for another model.
 
         Args:
             num_experts: layer name -> expert count of the model at hand.
+            family: its model type; compared only where the plan knows its own.
 
         Raises:
-            PlanError: naming the first layer that differs.
+            PlanError: naming both families, or the first layer that differs.
         """
+        if self.family and family and self.family != family:
+            raise PlanError(
+                f"plan was made for another model: its family is {self.family!r}, this model is "
+                f"{family!r}; replay it on a {self.family} model, or leave the plan out to "
+                "calibrate this one"
+            )
         for layer in sorted(set(self.num_experts) | set(num_experts)):
             mine, theirs = self.num_experts.get(layer), num_experts.get(layer)
             if mine != theirs:
@@ -134,6 +155,12 @@ class KeepPlan:
                     f"plan was made for another model: layer {layer!r} has "
                     f"{_count(mine)} in the plan and {_count(theirs)} in the model"
                 )
+
+
+def _optional_text(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{value!r} (a name or null is expected)")
+    return value
 
 
 def _count(num: int | None) -> str:

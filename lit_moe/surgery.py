@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from lit_moe.accounting import count_bytes, count_parameters
 from lit_moe.adapters import MoESite, adapter_for, count_experts, find_sites
 from lit_moe.adapters.router_mask import is_masked
 from lit_moe.plan import KeepPlan
@@ -51,12 +51,12 @@ def shrink(model: PreTrainedModel, plan: KeepPlan) -> ShrinkReport:
     """
     sites = find_sites(model)
     adapter = adapter_for(model.config)
-    plan.check_fits(count_experts(sites))
+    plan.check_fits(count_experts(sites), family=model.config.model_type)
     for site in sites:
         adapter.check_keep(site, plan.kept[site.name])
     _refuse_masked(model, sites)
     _refuse_absent(model, sites)
-    params_before, bytes_before = count_parameters(model), count_bytes(model)
+    params_before, bytes_before = count_parameters(model, ()).total, count_bytes(model)
     if not plan.is_identity:
         adapter.check_counts(model.config, sites, plan.counts)
         for site in sites:
@@ -65,21 +65,10 @@ def shrink(model: PreTrainedModel, plan: KeepPlan) -> ShrinkReport:
     return ShrinkReport(
         {site.name: (site.num_experts, len(plan.kept[site.name])) for site in sites},
         params_before,
-        count_parameters(model),
+        count_parameters(model, ()).total,
         bytes_before,
         count_bytes(model),
     )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers, shared ones once."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _refuse_masked(model: nn.Module, sites: tuple[MoESite, ...]) -> None:

@@ -7,11 +7,12 @@ import pytest
 import transformers
 from rich.console import Console
 
-from lit_moe.accounting import count_parameters
+from lit_moe.accounting import count_parameters, tensor_at
 from lit_moe.adapters import find_sites
 from lit_moe.errors import LitMoEError, NotAnMoEError, UnsupportedModelError
 from lit_moe.export import export
 from lit_moe.inspection import inspect_model, nearest, render
+from lit_moe.inspection.parts import part_by_name
 from lit_moe.inspection.render import counts_in_words
 from lit_moe.testing import tiny_moe
 from tests.pruned import pruned
@@ -99,6 +100,49 @@ def test_active_parameters_leave_out_the_experts_a_token_is_not_sent_to():
     counts = count_parameters(model, find_sites(model))
     assert counts.total == model.num_parameters()
     assert counts.active == counts.total - len(model.model.layers) * (8 - 2) * each
+
+
+def test_experts_that_are_modules_of_their_own_are_routed_experts_too(tmp_path):
+    model = tiny_moe("switch_transformers")
+    model.save_pretrained(tmp_path)
+    expert = model.get_submodule("encoder.block.1.layer.1.mlp.experts.expert_0")
+    each = sum(p.numel() for p in expert.parameters())
+    found = inspect_model(tmp_path)
+    assert found.parts["routed experts"].parameters == 2 * 8 * each
+    assert found.active_parameters == found.parameters - 2 * (8 - 1) * each
+    half = next(s for s in found.savings if s.keep_ratio == 0.5)
+    router_row = model.config.d_model
+    assert half.parameters == found.parameters - 2 * 4 * (each + router_row)
+
+
+def test_rows_of_experts_that_compute_nothing_are_not_active():
+    model = tiny_moe("longcat_flash")  # 8 routed and 2 identity experts
+    sites = find_sites(model)
+    first, second = (tensor_at(model, axis.name)[0] for axis in sites[0].rows("expert"))
+    each, unused = first.numel() + second.numel(), 2 * first.numel()
+    counts = count_parameters(model, sites)
+    assert counts.total - counts.active == len(sites) * ((8 - sites[0].top_k) * each + unused)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.layers.0.mixer.up_proj.weight", "dense MLP"),
+        ("model.layers.0.mixer.in_proj.weight", "attention"),
+        ("model.layers.0.shared_mlp.input_linear.weight", "shared experts"),
+        ("model.layers.0.post_attention_layernorm.0.weight", "other"),
+        ("model.layers.0.input_layernorm.mlp.fc1.weight", "other"),
+        ("model.layers.0.norm_attn_norm.attn.Wqkv.weight", "attention"),
+        ("model.layers.0.norm_attn_norm.norm_1.weight", "other"),
+        ("model.multi_modal_projector.cross_attn.q_proj.weight", "other"),
+        ("model.vision_tower.layers.0.mlp.fc1.weight", "other"),
+        ("model.embed_tokens_per_layer.weight", "embeddings"),
+        ("model.layers.1.mlp.bias", "other"),
+        ("model.layers.1.mlp.pre_expert_proj.weight", "dense MLP"),
+    ],
+)
+def test_a_tensor_that_no_module_claims_is_placed_by_its_name(name, part):
+    assert part_by_name(name, ["model.layers.1.mlp"]) == part
 
 
 def test_tied_embeddings_count_once(tmp_path):

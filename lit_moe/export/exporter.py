@@ -30,6 +30,7 @@ from lit_moe.heterogeneous import (
     heterogeneous_configs,
 )
 from lit_moe.plan import KeepPlan
+from lit_moe.progress import late_progress_bars
 
 Layout = Literal["plain", "per_layer_config", "padded"]
 
@@ -93,7 +94,8 @@ def export(  # noqa: PLR0913 - all but the first two are options with defaults
     needed = _num_bytes(weights) + _ROOM_FOR_SMALL_FILES
     check_space(target, needed)
     with staged(target, needed, overwrite=overwrite) as folder:
-        with global_values_readable():  # transformers reads every key of the config while it saves
+        # transformers reads every key of the config while it saves
+        with global_values_readable(), late_progress_bars():
             model.save_pretrained(folder, state_dict=weights, max_shard_size=_SHARD_SIZE)
         del weights
         _write_config(model, config, chosen, folder)

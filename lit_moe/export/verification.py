@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lit_moe.checkpoints import auto_class, load, model_class, read_config
 from lit_moe.errors import ExportError, LitMoEError
 from lit_moe.inference import evaluating
+from lit_moe.progress import late_progress_bars
 
 PROBE_SHAPE = (2, 8)
 """Sequences and tokens that the logits are compared on."""
@@ -108,7 +109,8 @@ def _load(folder: Path, *, own_loader: bool, **options: Any) -> Any:
     if own_loader:
         return load(folder, **options)
     config = read_config(folder)
-    return auto_class(config, model_class(config)).from_pretrained(folder, **options)
+    with late_progress_bars():
+        return auto_class(config, model_class(config)).from_pretrained(folder, **options)
 
 
 def _compare_weights(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:

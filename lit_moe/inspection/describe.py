@@ -49,7 +49,7 @@ def inspect_model(name_or_path: str | Path, *, trust_remote_code: bool | None = 
         active_parameters=counts.active,
         parts=parts,
         savings=tuple(_savings(model, sites, layers, parts)),
-        notes=tuple(_notes(config, sites)),
+        notes=tuple(_notes(config, sites, parts)),
     )
 
 
@@ -131,12 +131,14 @@ def _savings(
         yield Saving(ratio, (min(kept), max(kept)), elements - gone, left, saved, left / num_bytes)
 
 
-def _notes(config: PreTrainedConfig, sites: Sequence[MoESite]) -> Iterable[str]:
+def _notes(
+    config: PreTrainedConfig, sites: Sequence[MoESite], parts: Mapping[str, Size]
+) -> Iterable[str]:
     if getattr(config, "quantization_config", None):
         yield "the checkpoint is quantized: bytes are those after loading it in the dtype above"
     if config.dtype is None and config.get_text_config().dtype is None:
         yield "the config names no dtype: bytes are for float32"
-    if any(site.num_shared for site in sites):
+    if "shared experts" in parts:
         yield "shared experts are never scored and never removed"
     if any(site.renormalised is False for site in sites):
         yield "the router does not renormalise: removing even an unused expert changes outputs"
