@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lit_moe.adapters import count_experts, find_sites
 from lit_moe.adapters.site import MoESite
+from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import ReportWriter, report_writer
 from lit_moe.criteria import UnroutedRule, apply_unrouted, get_criterion, score
 from lit_moe.errors import LitMoEError
@@ -50,7 +51,8 @@ class OneShotPruning(Callback):
         protect: layers (``model.layers.0.*``) and experts (``model.layers.3.mlp:1,5``) that stay;
             ``super-experts`` protects those with extreme activations.
         plan: a plan file to replay; then nothing is observed, and criterion and budget do not
-            count.
+            count. It must be of the model's family; that it was made for another checkpoint of
+            this family is noted in the report.
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class OneShotPruning(Callback):
         Collective: every rank must call it.
 
         Raises:
-            LitMoEError: for a budget that the model's routers cannot meet, before any text is read.
+            LitMoEError: for a budget that the model's routers cannot meet, or a plan of another
+                model, before any text is read.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -95,11 +98,12 @@ class OneShotPruning(Callback):
             budget = self._complete_budget(module, sites)
             check_budget(budget, sites, self.protect)
             if self.criterion.needs & {"routing", "forward"}:
-                _calibration_share(trainer)  # a missing file should not show after an evaluation
+                calibration_share(trainer)  # a missing file should not show after an evaluation
             writer.measure(trainer, module, "before")
             plan = self._decide(trainer, module, sites, budget)
         elif not module.is_resumed:
-            plan.check_fits(count_experts(find_sites(model)))
+            plan.check_fits(count_experts(find_sites(model)), family=model.config.model_type)
+            _warn_of_another_source(plan, module, writer)
             writer.measure(trainer, module, "before")
         with writer.phase("shrink"):
             module.plan = KeepPlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))
@@ -138,14 +142,14 @@ class OneShotPruning(Callback):
                 f"keep_ratio={budget.keep_ratio:g} was asked; counts that the routers allow and "
                 f"protected experts make it {plan.keep_ratio:.4g}"
             )
-        return plan
+        return plan.made_for(family=model.config.model_type, source=_source(module))
 
     def _observe(
         self, trainer: Trainer, module: MoEModule, writer: ReportWriter
     ) -> Observation | None:
         if "routing" not in self.criterion.needs and not self.protect_super_experts:
             return None
-        loader = _calibration_share(trainer)
+        loader = calibration_share(trainer)
         with writer.phase("observe"):
             observation = observe(module.built_model, loader, progress=trainer.is_global_zero)
         writer.report.calibration.tokens = observation.tokens
@@ -166,7 +170,7 @@ class OneShotPruning(Callback):
         device = trainer.strategy.root_device
         return [
             {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-            for batch in _calibration_share(trainer)
+            for batch in calibration_share(trainer)
         ]
 
     def _complete_budget(self, module: MoEModule, sites: tuple[MoESite, ...]) -> Budget:
@@ -189,14 +193,19 @@ class OneShotPruning(Callback):
             torch.cuda.empty_cache()
 
 
-def _calibration_share(trainer: Trainer) -> DataLoader[dict[str, Tensor]]:
-    data: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "calibration_dataloader"):
-        raise LitMoEError(
-            f"this criterion observes text, but {type(data).__name__} has no method "
-            "calibration_dataloader(rank, world_size); use lit_moe.data.TextDataModule or add it"
+def _source(module: MoEModule) -> str | None:
+    """Return where the weights came from; None where they began at random."""
+    return None if module.architecture is not None else module.model_name_or_path
+
+
+def _warn_of_another_source(plan: KeepPlan, module: MoEModule, writer: ReportWriter) -> None:
+    """Note that a plan was made for another checkpoint, which siblings may well share."""
+    source = _source(module)
+    if plan.source and source and Path(plan.source).resolve() != Path(source).resolve():
+        writer.report.warnings.append(
+            f"the plan was made for {plan.source}, this model is {source}; a plan serves a "
+            "fine-tuned sibling, but experts of an unrelated model do other things"
         )
-    return data.calibration_dataloader(rank=trainer.global_rank, world_size=trainer.world_size)
 
 
 def _one_budget(keep_ratio: float | None, budget: Budget | None, *, replays: bool) -> Budget | None:

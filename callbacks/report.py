@@ -33,6 +33,15 @@ from lit_moe.report import (
 )
 
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
+_MEASURED_BEFORE = (
+    "quality",
+    "calibration",
+    "criterion",
+    "unrouted",
+    "protected",
+    "refit",
+    "warnings",
+)
 
 
 class ReportWriter(Callback):
@@ -117,7 +126,7 @@ class ReportWriter(Callback):
         if "report" not in state_dict:
             return
         earlier = RunReport.from_dict(state_dict["report"])
-        for name in ("quality", "calibration", "criterion", "unrouted", "protected", "warnings"):
+        for name in _MEASURED_BEFORE:
             setattr(self.report, name, getattr(earlier, name))
         for name, seconds in earlier.seconds.items():
             self.report.seconds[name] = self.report.seconds.get(name, 0.0) + seconds
@@ -173,7 +182,8 @@ class ReportWriter(Callback):
         """Record the stage after training, once; nothing if no step was taken."""
         if trainer.global_step == 0 or "recovered" in self.report.quality:
             return
-        self.measure(trainer, module, "recovered" if "pruned" in self.report.quality else "trained")
+        changed = {"pruned", "refitted"} & set(self.report.quality)
+        self.measure(trainer, module, "recovered" if changed else "trained")
 
     def write(self) -> None:
         """Write the JSON file on rank 0, in one step."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lit_moe.masking import masked as masked
     from lit_moe.module import MoEModule as MoEModule
     from lit_moe.plan import KeepPlan as KeepPlan
+    from lit_moe.refit import refit as refit
     from lit_moe.selection import select as select
     from lit_moe.stats import observe as observe
     from lit_moe.surgery import shrink as shrink
@@ -41,15 +42,16 @@ _HOMES = {
     "select": "lit_moe.selection",
     "shrink": "lit_moe.surgery",
 }
+_CALLABLE = ("export", "refit")
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name == "export":
-        return import_module("lit_moe.export")  # a package that can be called
+    if name in _CALLABLE:
+        return import_module(f"lit_moe.{name}")  # a package that can be called
     raise AttributeError(f"module 'lit_moe' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, "export"])
+    return sorted([*globals(), *_HOMES, *_CALLABLE])

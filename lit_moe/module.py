@@ -27,6 +27,7 @@ from lit_moe.models import (
     check_vocabulary,
     checkpoint_dtype,
     frozen_copy,
+    sharing_copy,
 )
 from lit_moe.plan import KeepPlan
 from lit_moe.surgery import shrink
@@ -119,6 +120,8 @@ class MoEModule(L.LightningModule):
         self.plan: KeepPlan | None = None
         self.source_dtype: str | None = None
         self.resume_from: str | None = None
+        self.keep_unpruned = False
+        self._unpruned: tuple[PreTrainedModel, ...] = ()  # a tuple, so that it is no submodule
         self.save_hyperparameters(logger=False)
 
     def configure_model(self) -> None:
@@ -136,7 +139,11 @@ class MoEModule(L.LightningModule):
         if self.loss_weights.distillation > 0:
             self.teacher = frozen_copy(self.model)
         if self._trainer is not None:  # load_from_checkpoint has none
+            if self.keep_unpruned:
+                self.to(self.trainer.strategy.root_device)  # moving later would end the sharing
+                self._unpruned = (self.teacher or sharing_copy(self.model),)
             self._let_callbacks_act()
+            self._unpruned = ()
         self.model.train()
 
     def _let_callbacks_act(self) -> None:
@@ -154,6 +161,11 @@ class MoEModule(L.LightningModule):
         if self.model is None:
             raise RuntimeError("the model is built in configure_model, which has not run yet")
         return self.model
+
+    @property
+    def unpruned(self) -> PreTrainedModel | None:
+        """The model as it was loaded, while callbacks act and if one set ``keep_unpruned``."""
+        return self._unpruned[0] if self._unpruned else None
 
     @property
     def is_resumed(self) -> bool:

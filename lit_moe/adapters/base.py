@@ -237,6 +237,15 @@ class MoEAdapter:
         """
         return weights.canonical(model.get_submodule(site.experts), site.num_experts)
 
+    def set_expert_weights_(
+        self, model: PreTrainedModel, site: MoESite, values: Mapping[str, Tensor]
+    ) -> None:
+        """Write some of the tensors that :meth:`expert_weights` names, in place; dtypes stay."""
+        views = self.expert_weights(model, site)
+        with torch.no_grad():
+            for name, value in values.items():
+                views[name].copy_(value)
+
     def router_weight(self, model: PreTrainedModel, site: MoESite) -> Tensor:
         """Return the router's rows for the routed experts, shape ``(E, H)``."""
         matrix = site.rows("router")[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lit_moe.adapters.pairing import axis_kind, bind, layer_index, named_tensors
 from lit_moe.adapters.site import MoESite
 from lit_moe.adapters.taps import Handle, Handles, OnSlots, on_forward
 
+_MATRICES = {"up": "wi.weight", "down": "wo.weight"}
 EXPERT = re.compile(r"(.+)\.expert_\d+\.")
 
 
@@ -50,11 +51,20 @@ class SwitchAdapter(MoEAdapter):
     def expert_weights(self, model: PreTrainedModel, site: MoESite) -> dict[str, Tensor]:
         """Return stacked copies (not views), see the base class."""
         experts = [_experts(model, site)[f"expert_{e}"] for e in range(site.num_experts)]
-        names = {"up": "wi.weight", "down": "wo.weight"}
         return {
             name: torch.stack([expert.get_parameter(own) for expert in experts])
-            for name, own in names.items()
+            for name, own in _MATRICES.items()
         }
+
+    def set_expert_weights_(
+        self, model: PreTrainedModel, site: MoESite, values: Mapping[str, Tensor]
+    ) -> None:
+        """Write into the module of each expert, see the base class."""
+        experts = _experts(model, site)
+        with torch.no_grad():
+            for name, stacked in values.items():
+                for e, value in enumerate(stacked):
+                    experts[f"expert_{e}"].get_parameter(_MATRICES[name]).copy_(value)
 
     def router_logits(self, router_output: object) -> Tensor:
         """Return the last output, see the base class."""

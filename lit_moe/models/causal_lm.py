@@ -6,6 +6,7 @@ import copy
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_moe.assets import resolve_model
@@ -53,6 +54,20 @@ def checkpoint_dtype(name_or_path: str) -> str | None:
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy in evaluation mode whose parameters take no gradient."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a frozen copy in evaluation mode whose tensors are the model's own.
+
+    Cutting experts out of the model puts new tensors into it, so the copy stays whole, and only
+    what was cut exists twice. Training the model in place would change the copy too.
+    """
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo).eval()
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer_size: int, tokenizer_name: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lit_moe
 from lit_moe.evaluate import Quality
 from lit_moe.plan import KeepPlan
+from lit_moe.refit.report import RefitReport
 from lit_moe.report.coding import from_plain, to_plain
 
 PACKAGES = ("torch", "transformers", "lightning", "deepspeed", "numpy")
@@ -87,7 +88,8 @@ class RunReport:
         unrouted: layer -> experts that saw no token during calibration; only layers with some.
         protected: layer -> experts that were kept whatever their score; only layers with some.
         shared_experts: what happened to experts that every token uses.
-        quality: stage (``before``, ``pruned``, ``recovered``, ...) -> quality, in order.
+        refit: what the closed-form refit did, None if there was none.
+        quality: stage (``before``, ``pruned``, ``refitted``, ``recovered``) -> quality, in order.
         export: the exported folder, None if there is none.
         warnings: sentences that a reader of the numbers must know.
     """
@@ -108,6 +110,7 @@ class RunReport:
     unrouted: dict[str, list[int]] = field(default_factory=dict)
     protected: dict[str, list[int]] = field(default_factory=dict)
     shared_experts: str = "not scored, not removed"
+    refit: RefitReport | None = None
     quality: dict[str, Quality] = field(default_factory=dict)
     export: Export | None = None
     warnings: list[str] = field(default_factory=list)

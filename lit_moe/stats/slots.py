@@ -42,11 +42,12 @@ def slots_of(experts: nn.Module, on_slots: OnSlots) -> Iterator[None]:
     what it was. The fused implementations of transformers are read where they hold the raw output
     anyway; any other forward is called with one slot per row and unit weights.
     """
-    with _inside_fused(experts, on_slots) if _is_fused(experts) else _unrolled(experts, on_slots):
+    with _inside_fused(experts, on_slots) if is_fused(experts) else _unrolled(experts, on_slots):
         yield
 
 
-def _is_fused(experts: nn.Module) -> bool:
+def is_fused(experts: nn.Module) -> bool:
+    """Whether these experts run in a fused implementation of transformers that can be read."""
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     return hasattr(experts, "has_post_expert_norm") and implementation in (
         "grouped_mm",
@@ -62,12 +63,12 @@ def _inside_fused(experts: nn.Module, on_slots: OnSlots) -> Iterator[None]:
     routing: list[tuple[Tensor, Tensor]] = []
 
     def remember(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        routing[:] = [_routing(args, kwargs)]
+        routing[:] = [routing_of(args, kwargs)]
 
     def look(outputs_SH: Tensor) -> Tensor:
         outputs_SH = norm(outputs_SH) if had_norm else outputs_SH
         index_TK, weights_TK = routing.pop()
-        on_slots(_in_order_of(experts, index_TK, weights_TK, outputs_SH))
+        on_slots(in_order_of(experts, index_TK, weights_TK, outputs_SH))
         return outputs_SH
 
     hook = experts.register_forward_pre_hook(remember, with_kwargs=True)
@@ -82,10 +83,10 @@ def _inside_fused(experts: nn.Module, on_slots: OnSlots) -> Iterator[None]:
         experts.__dict__["has_post_expert_norm"] = had_norm
 
 
-def _in_order_of(
+def in_order_of(
     experts: nn.Module, index_TK: Tensor, weights_TK: Tensor, outputs_SH: Tensor
 ) -> Slots:
-    """Pair outputs with their slots: grouped_mm sorts slots by expert, batched_mm does not."""
+    """Pair rows with their slots: grouped_mm sorts slots by expert, batched_mm does not."""
     expert_ids, gates = index_TK.reshape(-1), weights_TK.reshape(-1)
     order = torch.arange(expert_ids.numel(), device=expert_ids.device)
     if experts.config._experts_implementation == "grouped_mm":  # type: ignore[union-attr]
@@ -101,7 +102,7 @@ def _unrolled(experts: nn.Module, on_slots: OnSlots) -> Iterator[None]:
 
     def unrolled(*args: Tensor, **kwargs: Tensor) -> Tensor:
         hidden_TH = args[0] if args else kwargs["hidden_states"]
-        index_TK, weights_TK = _routing(args, kwargs)
+        index_TK, weights_TK = routing_of(args, kwargs)
         num_slots = index_TK.shape[-1]
         rows_SH = hidden_TH.repeat_interleave(num_slots, dim=0)
         outputs_SH = raw_outputs(forward, rows_SH, index_TK.reshape(-1), weights_TK.dtype)
@@ -137,7 +138,8 @@ def raw_outputs(
     return forward(rows_SH, index, ones)
 
 
-def _routing(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def routing_of(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return ``top_k_index (T, K)`` and ``top_k_weights (T, K)`` of a call of an experts module."""
     values = [*args[1:3]]
     if len(values) < 2:
         values += [kwargs[name] for name in ("top_k_index", "top_k_weights")[len(values) :]]

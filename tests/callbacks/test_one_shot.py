@@ -18,6 +18,7 @@ from lit_moe.plan import KeepPlan
 from lit_moe.testing import tiny_moe
 
 NO_QUALITY = {"measure_quality": False, "figures": False}
+LAYERS = ("model.layers.0.mlp", "model.layers.1.mlp")
 
 
 def fit(trainer, module, data, **options):
@@ -59,12 +60,41 @@ def test_a_replayed_plan_gives_the_identical_model(checkpoint, make_data, make_t
     second = make_trainer(OneShotPruning(plan=str(plan_file)), ReportWriter(**NO_QUALITY))
     replayed = fit(second, MoEModule(str(checkpoint)), make_data())
     assert replayed.plan == module.plan
+    assert replayed.plan.family == "mixtral"
+    assert replayed.plan.source == str(checkpoint)
+    assert not warnings_of(second)
     for (name, mine), (_, theirs) in zip(
         module.built_model.state_dict().items(),
         replayed.built_model.state_dict().items(),
         strict=True,
     ):
         assert torch.equal(mine, theirs), name
+
+
+def warnings_of(trainer):
+    return json.loads((Path(trainer.log_dir) / "report.json").read_text())["warnings"]
+
+
+def test_a_plan_may_be_replayed_on_a_sibling_and_the_report_says_so(
+    checkpoint, make_data, make_trainer, tmp_path
+):
+    plan = KeepPlan(dict.fromkeys(LAYERS, (0, 1, 5)), dict.fromkeys(LAYERS, 8))
+    plan.made_for(family="mixtral", source="somebody/base").save(tmp_path / "plan.json")
+    writer = ReportWriter(**NO_QUALITY)
+    trainer = make_trainer(OneShotPruning(plan=str(tmp_path / "plan.json")), writer)
+    module = fit(trainer, MoEModule(str(checkpoint)), make_data())
+    assert module.plan == plan
+    (sentence,) = warnings_of(trainer)
+    assert f"made for somebody/base, this model is {checkpoint}" in sentence
+    again = KeepPlan.load(Path(trainer.log_dir) / "plan.json")
+    assert again.source == "somebody/base"
+
+
+def test_a_plan_names_no_source_for_weights_that_began_at_random(make_data, make_trainer):
+    architecture = {**tiny_moe("mixtral", vocab_size=1024).config.to_diff_dict()}
+    trainer = make_trainer(OneShotPruning("random", keep_ratio=0.5), ReportWriter(**NO_QUALITY))
+    module = fit(trainer, MoEModule(architecture=architecture), make_data())
+    assert (module.plan.family, module.plan.source) == ("mixtral", None)
 
 
 def test_resume_takes_the_plan_and_the_numbers_of_the_checkpoint_and_equals_the_whole_run(
@@ -242,6 +272,17 @@ def test_a_plan_of_another_model_is_refused(checkpoint, make_data, make_trainer,
     trainer = make_trainer(OneShotPruning(plan=str(tmp_path / "other.json")))
     with pytest.raises(PlanError, match="another model"):
         trainer.fit(MoEModule(str(checkpoint)), datamodule=make_data())
+
+
+def test_a_plan_of_another_family_is_refused_before_any_text_is_read(
+    checkpoint, make_data, make_trainer, tmp_path
+):
+    plan = KeepPlan(dict.fromkeys(LAYERS, (0, 1, 5)), dict.fromkeys(LAYERS, 8))
+    plan.made_for(family="qwen3_moe").save(tmp_path / "plan.json")
+    trainer = make_trainer(OneShotPruning(plan=str(tmp_path / "plan.json")))
+    data = make_data(test_files=["/no/such/file.txt"])
+    with pytest.raises(PlanError, match="family is 'qwen3_moe', this model is 'mixtral'"):
+        trainer.fit(MoEModule(str(checkpoint)), datamodule=data)
 
 
 def test_a_taken_export_path_is_refused_before_calibration(

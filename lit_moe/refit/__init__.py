@@ -1,0 +1,28 @@
+"""Closed-form refit: repair without gradients, after any plan.
+
+The package itself can be called: ``lit_moe.refit(student, teacher, batches)`` means
+``lit_moe.refit.refit(student, teacher, batches)``.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from lit_moe.refit.api import OnLayer as OnLayer
+from lit_moe.refit.api import refit as refit
+from lit_moe.refit.options import RefitOptions as RefitOptions
+from lit_moe.refit.relatives import is_unchanged as is_unchanged
+from lit_moe.refit.report import LayerRefit as LayerRefit
+from lit_moe.refit.report import RefitReport as RefitReport
+
+
+class _CallablePackage(ModuleType):
+    """Python binds a subpackage to its parent's attribute, which is also the function's name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> RefitReport:
+        return refit(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

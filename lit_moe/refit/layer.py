@@ -1,0 +1,210 @@
+"""The least-squares problem of one layer: collect tokens, choose a penalty, solve, judge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_moe.errors import CalibrationError
+from lit_moe.refit.collective import all_sum, from_first
+from lit_moe.refit.masked import solve_masked
+from lit_moe.refit.memory import LayerSize, SolverChoice
+from lit_moe.refit.options import RefitOptions
+from lit_moe.refit.report import LayerRefit
+from lit_moe.refit.ridge import (
+    SingularGramError,
+    choose_penalty,
+    solve_jacobi,
+    solve_joint,
+)
+from lit_moe.refit.seidel import GaussSeidel
+from lit_moe.refit.store import PieceStore
+from lit_moe.stats.grams import Gram, Piece
+
+Solve = Callable[[float], Tensor]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is known of the weights to refit.
+
+    Attributes:
+        size: experts, features and hidden size.
+        top_k: experts per token.
+        support: where weights may change, shape ``(E, D, H)``; None for everywhere.
+    """
+
+    size: LayerSize
+    top_k: int
+    support: Tensor | None = None
+
+
+class LayerProblem:
+    """Collects the pieces of one layer and finds the update of its down projections.
+
+    Args:
+        weights: of the layer.
+        choice: how to solve.
+        options: penalty and budget.
+        keep_all: keep all pieces, which are needed again where the refitted layer's output is;
+            otherwise only what the solver and the held-out judgement need.
+        folder: for features beyond the budget.
+        at_once: problems that share the budget.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        choice: SolverChoice,
+        options: RefitOptions,
+        *,
+        keep_all: bool,
+        folder: Path | None = None,
+        at_once: int = 1,
+    ) -> None:
+        self._weights, self._choice, self._options = weights, choice, options
+        self._keep_all = keep_all or choice.name == "gauss_seidel"
+        self.pieces = PieceStore(options.budget // 2 // at_once, folder)
+        self._gram: Gram | None = None
+        self._target = torch.zeros(2, dtype=torch.float64)
+        self._count = torch.zeros(weights.size.num_experts, dtype=torch.float64)
+
+    def add(self, piece: Piece, target_TH: Tensor) -> None:
+        """Add one batch; ``target_TH`` is what the residual is a part of, to report fractions."""
+        energy_T = target_TH.float().square().sum(1)
+        self._target += torch.stack([energy_T @ piece.fit, energy_T @ piece.held]).double().cpu()
+        for expert, tokens, _ in piece.by_expert():
+            self._count[expert] += float((piece.fit[tokens] > 0).sum())
+        if self._choice.name != "gauss_seidel":
+            self._sums(piece).add(piece)
+        self.pieces.add(piece if self._keep_all else piece.held_out())
+
+    def solve(self) -> tuple[Tensor | None, LayerRefit]:
+        """Collective: return the update ``(E, D, H)``, None to leave the layer, and the record.
+
+        Raises:
+            CalibrationError: if activations are not finite.
+            SingularGramError: if ``lam`` is given and too small.
+        """
+        target = all_sum(self._target)
+        count = all_sum(self._count)
+        held_before = self._energy(None, "held") / max(float(target[1]), 1e-30)
+        record = LayerRefit(
+            solver=self._choice.name,
+            residual_before=self._fit_energy(None, float(target[0])),
+            held_out_before=held_before,
+            unrouted=[e for e, n in enumerate(count.tolist()) if n == 0],
+        )
+        energy = self._energy(None, "fit") if self._keep_all else self._gram_energy()
+        if not math.isfinite(energy + held_before):
+            raise CalibrationError(
+                "a layer's output is not finite on the calibration text, in the teacher or the "
+                "student; look for overflow (float16?) or damaged weights"
+            )
+        if energy == 0:
+            record.kept, record.reason = True, "nothing to correct"
+            record.held_out_after, record.residual_after = held_before, record.residual_before
+            return None, record
+        update, record.lam, held = self._search(self._solver())
+        record.held_out_after = held / max(float(target[1]), 1e-30)
+        record.residual_after = self._fit_energy(update, float(target[0]))
+        record.kept = record.held_out_after < held_before
+        if not record.kept:
+            record.reason = (
+                f"the residual on held-out tokens did not fall ({held_before:.4g} before, "
+                f"{record.held_out_after:.4g} after)"
+            )
+        return (update if record.kept else None), record
+
+    def _search(self, solve: Solve) -> tuple[Tensor, float, float]:
+        """Return update, penalty and held-out energy at the best penalty."""
+        if self._options.lam != "auto":
+            update = from_first(solve(self._options.lam))
+            return update, self._options.lam, self._energy(update, "held")
+        tried: dict[float, tuple[Tensor, float]] = {}
+
+        def loss(lam: float) -> float:
+            try:
+                update = from_first(solve(lam))
+            except SingularGramError:
+                return math.inf
+            tried[lam] = (update, self._energy(update, "held"))
+            return tried[lam][1]
+
+        best = choose_penalty(loss)
+        return tried[best][0], best, tried[best][1]
+
+    def _solver(self) -> Solve:
+        choice, support = self._choice, self._weights.support
+        if choice.name == "gauss_seidel":
+            size = self._weights.size
+            shape = (size.num_experts, size.width, size.hidden)
+            sweeps = GaussSeidel(
+                list(self.pieces),
+                shape,
+                keep_blocks=choice.keep_blocks,
+                support_EDH=support,
+                dtype=choice.dtype,
+            )
+            return sweeps.solve
+        assert self._gram is not None
+        gram = self._gram
+        gram.reduce()
+        damping = 1 / self._weights.top_k
+        if support is not None:
+            return lambda lam: _masked(gram, lam, support, damping)
+        if choice.name == "joint":
+            return lambda lam: solve_joint(gram, lam)
+        return lambda lam: solve_jacobi(gram, lam, damping)
+
+    def _sums(self, piece: Piece) -> Gram:
+        if self._gram is None:
+            size = self._weights.size
+            self._gram = Gram(
+                size.num_experts,
+                size.width,
+                size.hidden,
+                joint=self._choice.name == "joint",
+                device=piece.features.device,
+                dtype=self._choice.dtype,
+            )
+        return self._gram
+
+    def _gram_energy(self) -> float:
+        assert self._gram is not None
+        return float(all_sum(self._gram.energy.clone()))
+
+    def _fit_energy(self, update: Tensor | None, target: float) -> float | None:
+        if not self._keep_all:
+            return None if update is not None else self._gram_energy() / max(target, 1e-30)
+        return self._energy(update, "fit") / max(target, 1e-30)
+
+    def _energy(self, update: Tensor | None, part: str) -> float:
+        """Return the weighted square residual that an update leaves, over all ranks."""
+        total = torch.zeros((), dtype=torch.float64)
+        for piece in self.pieces:
+            total += _energy(piece, update, getattr(piece, part))
+        return float(all_sum(total))
+
+
+def _energy(piece: Piece, update: Tensor | None, weight_T: Tensor) -> float:
+    if not bool((weight_T > 0).any()):
+        return 0.0
+    left = piece.residual if update is None else piece.residual - piece.predict(update)
+    return float(left.square().sum(1).double() @ weight_T.double())
+
+
+def _masked(gram: Gram, lam: float, support_EDH: Tensor, damping: float) -> Tensor:
+    penalty, shape = lam * gram.mean_diagonal, gram.cross.shape
+    if gram.joint:
+        right, support = (t.reshape(-1, shape[-1]) for t in (gram.cross, support_EDH))
+        return solve_masked(gram.matrix, right, penalty, support).reshape(shape)
+    each: Iterable[tuple[Tensor, Tensor, Tensor]] = zip(
+        gram.matrix, gram.cross, support_EDH, strict=True
+    )
+    return torch.stack([solve_masked(m, r, penalty, s) for m, r, s in each]) * damping

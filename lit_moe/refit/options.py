@@ -1,0 +1,66 @@
+"""What a user may ask of a refit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_moe.errors import LitMoEError
+
+Solver = Literal["auto", "joint", "jacobi", "gauss_seidel"]
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """How a refit goes about it; the defaults suit most models.
+
+    Attributes:
+        mode: ``sequential`` corrects each layer on what the refitted layers before it give, and
+            corrects their errors too; ``parallel`` fits every layer on the unpruned model's own
+            inputs, from one pass, and is faster.
+        target: ``stream`` makes the residual stream behind each layer equal to the teacher's,
+            ``block`` the output of the block by itself; ``stream`` needs ``sequential`` and gives
+            way to ``block`` in layers whose output is no plain sum.
+        solver: ``joint`` over all experts, ``jacobi`` or ``gauss_seidel`` expert by expert;
+            ``auto`` takes the best that fits ``memory_gib``.
+        lam: ridge penalty in units of the mean square feature, or ``auto``: chosen per layer on
+            held-out tokens.
+        token_weights: ``relative`` weighs each token by one over the mean square of its stream, as
+            the norm of the next layer does; ``equal`` lets tokens of extreme size decide.
+        held_out: fraction of the calibration rows that is not fitted on, in (0, 0.5].
+        bias: refit the biases of down projections too, in families that have them.
+        router: refit the routers' rows to the teacher's logits before the experts (``sequential``
+            only).
+        keep_zeros: in down projections with at least 2 % zeros (N:M or unstructured pruning) the
+            zeros stay.
+        memory_gib: for Gram matrices and features in GiB; features beyond go to disk.
+    """
+
+    mode: Literal["sequential", "parallel"] = "sequential"
+    target: Literal["stream", "block"] = "stream"
+    solver: Solver = "auto"
+    lam: float | Literal["auto"] = "auto"
+    token_weights: Literal["relative", "equal"] = "relative"
+    held_out: float = 0.125
+    bias: bool = True
+    router: bool = False
+    keep_zeros: bool = True
+    memory_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.lam != "auto" and self.lam < 0:
+            raise LitMoEError(f"lam={self.lam:g} is negative; give a number >= 0 or auto")
+        if not 0 < self.held_out <= 0.5:
+            raise LitMoEError(f"held_out={self.held_out:g} must be in (0, 0.5], for instance 0.125")
+        if self.memory_gib <= 0:
+            raise LitMoEError(f"memory_gib={self.memory_gib:g} must be above 0")
+        if self.router and self.mode == "parallel":
+            raise LitMoEError(
+                "router: true needs mode: sequential, since routers are refitted to the inputs "
+                "that the refitted layers before them give"
+            )
+
+    @property
+    def budget(self) -> int:
+        """Bytes."""
+        return int(self.memory_gib * 2**30)

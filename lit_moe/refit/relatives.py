@@ -1,0 +1,171 @@
+"""Whether two models are related closely enough for one to teach the other's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_moe.adapters import adapter_for
+from lit_moe.adapters.site import MoESite
+from lit_moe.errors import LitMoEError, UnsupportedModelError
+from lit_moe.inference import evaluating
+from lit_moe.refit.job import Target
+from lit_moe.refit.options import RefitOptions
+from lit_moe.refit.outlets import find_outlet
+from lit_moe.refit.streams import find_stream, layer_of
+from lit_moe.stats.features import check_linear
+
+_PROBED = 16
+
+
+def check_relatives(
+    teacher: PreTrainedModel, student: PreTrainedModel, sites: Sequence[MoESite]
+) -> None:
+    """Refuse a teacher whose layers do not correspond to the student's.
+
+    The teacher need not be an MoE: a dense model with layers of the same names will do.
+
+    Raises:
+        LitMoEError: naming the first thing that differs.
+    """
+    ours, theirs = (_embedding(model) for model in (student, teacher))
+    if ours is not None and theirs is not None and ours.shape != theirs.shape:
+        raise LitMoEError(
+            f"teacher and student are no relatives: embeddings of shape {tuple(theirs.shape)} and "
+            f"{tuple(ours.shape)}; give the model that the student was made from"
+        )
+    names = dict(teacher.named_modules())
+    for site in sites:
+        for name in (site.name, layer_of(student, site) or site.name):
+            if name not in names:
+                raise LitMoEError(
+                    f"teacher and student are no relatives: the teacher "
+                    f"({teacher.config.model_type}) has no module {name!r}; give the model that "
+                    "the student was made from"
+                )
+    if ours is not None and theirs is not None:
+        _check_not_strangers(ours, theirs)
+
+
+def is_unchanged(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Whether a student still is what :func:`lit_moe.models.sharing_copy` copied."""
+    if student.config.to_dict() != teacher.config.to_dict():
+        return False
+    theirs = dict(teacher.named_parameters())
+    return all(
+        name in theirs and (theirs[name] is p or torch.equal(theirs[name], p))
+        for name, p in student.named_parameters()
+    )
+
+
+def _check_not_strangers(ours: Tensor, theirs: Tensor) -> None:
+    """Refuse a teacher of the right size whose embeddings point elsewhere."""
+    likeness = torch.nn.functional.cosine_similarity(
+        ours[:1024].flatten().double(), theirs[:1024].flatten().double(), dim=0
+    )
+    if float(likeness) < 0.5:
+        raise LitMoEError(
+            "teacher and student are no relatives: their sizes agree, but the cosine between their "
+            f"embeddings is {float(likeness):.2f}; give the model that the student was made from"
+        )
+
+
+def find_targets(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    sites: Sequence[MoESite],
+    batch: dict[str, Tensor],
+    options: RefitOptions,
+) -> tuple[list[Target], dict[str, str]]:
+    """Return where each layer is compared, in running order, and why others cannot be refitted.
+
+    Probes the student on a few tokens: are experts' outputs linear in their features, where does
+    their sum show, and what does it do to the stream?
+
+    Raises:
+        UnsupportedModelError: if no layer can be refitted.
+    """
+    adapter = adapter_for(student.config)
+    few = _few(batch)
+    targets: dict[str, Target] = {}
+    skipped: dict[str, str] = {}
+    with evaluating(student), evaluating(teacher):
+        for site in sites:
+            try:
+                check_linear(student, adapter, site, lambda: student.base_model(**few))
+                outlet = find_outlet(student, adapter, site, lambda: student.base_model(**few))
+            except UnsupportedModelError as error:
+                skipped[site.name] = str(error)
+                continue
+            wants_stream = options.target == "stream" and options.mode == "sequential"
+            stream = find_stream(student, site, few) if wants_stream else None
+            targets[site.name] = Target.of(site, outlet, stream)
+        for name, reason in _uneven(teacher, student, targets, few).items():
+            del targets[name]
+            skipped[name] = reason
+        order = _order(student, [target.module for target in targets.values()], few)
+    if not targets:
+        raise UnsupportedModelError("; ".join(skipped.values()))
+    return sorted(targets.values(), key=lambda target: order.index(target.module)), skipped
+
+
+def _uneven(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    targets: dict[str, Target],
+    few: dict[str, Tensor],
+) -> dict[str, str]:
+    """Return targets that do not run exactly once in both models."""
+    modules = [target.module for target in targets.values()]
+    runs = {model: _order(model, modules, few) for model in (student, teacher)}
+    reasons = {}
+    for name, target in targets.items():
+        counts = [runs[model].count(target.module) for model in (student, teacher)]
+        if counts != [1, 1]:
+            reasons[name] = (
+                f"{target.module} runs {counts[0]} times in the student and {counts[1]} times in "
+                "the teacher on a calibration row, not once in each"
+            )
+    return reasons
+
+
+def _order(model: PreTrainedModel, modules: Sequence[str], inputs: dict[str, Tensor]) -> list[str]:
+    """Return those of the modules that run on ``inputs``, in the order in which they end."""
+    there = dict(model.named_modules())
+    order: list[str] = []
+
+    def note(name: str) -> object:
+        def hook(*_: object) -> None:
+            order.append(name)
+
+        return hook
+
+    hooks = [
+        there[name].register_forward_hook(note(name))
+        for name in dict.fromkeys(modules)
+        if name in there
+    ]
+    try:
+        model.base_model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return order
+
+
+def _few(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the start of the first row (pixels stay whole); padding serves as well as text."""
+    inputs = {k: v[:1] for k, v in batch.items() if not k.endswith("attention_mask")}
+    return {k: v if k == "pixel_values" else v[:, :_PROBED] for k, v in inputs.items()}
+
+
+def _embedding(model: PreTrainedModel) -> Tensor | None:
+    try:
+        module: nn.Module | None = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # vision models have none of this kind
+        return None
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None

@@ -1,0 +1,82 @@
+"""What a refit did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LayerRefit:
+    """The refit of one layer. Residuals are fractions of what the teacher wrote.
+
+    Attributes:
+        solver: which one ran.
+        target: ``stream`` or ``block``.
+        lam: ridge penalty in units of the mean square feature; None if nothing was solved.
+        residual_before: weighted square error over the fitted tokens, relative to the target.
+        residual_after: the same with the refit, None where it could not be told.
+        held_out_before: the same over held-out tokens.
+        held_out_after: and with the refit.
+        kept: whether the refit was taken; a layer is left as it was when held-out tokens disagree.
+        reason: why it was left as it was.
+        unrouted: experts that saw no token of the fit; left as they were.
+    """
+
+    solver: str = ""
+    target: str = ""
+    lam: float | None = None
+    residual_before: float | None = None
+    residual_after: float | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    kept: bool = False
+    reason: str = ""
+    unrouted: list[int] = field(default_factory=list)
+
+
+@dataclass
+class RefitReport:
+    """The refit of a model.
+
+    Attributes:
+        mode: ``sequential`` or ``parallel``.
+        tokens: fitted on, padding excluded.
+        held_out_tokens: kept apart to choose penalties and to judge.
+        solver: which one and why.
+        layers: layer name -> what was done there.
+        loss_before: on the held-out rows: next-token loss in nats, or for other models the
+            divergence from the teacher.
+        loss_after: the same with the refit.
+        kept: whether the refit as a whole was taken; it is undone when the held-out loss rises.
+        skipped: layer name -> why it cannot be refitted at all.
+    """
+
+    mode: str
+    tokens: int = 0
+    held_out_tokens: int = 0
+    solver: str = ""
+    layers: dict[str, LayerRefit] = field(default_factory=dict)
+    loss_before: float | None = None
+    loss_after: float | None = None
+    kept: bool = True
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def sentences(self) -> list[str]:
+        """Return what a reader of the numbers must know."""
+        said = [f"{name} was not refitted: {why}" for name, why in self.skipped.items()]
+        said += [
+            f"refit left {name} as it was: {layer.reason}"
+            for name, layer in self.layers.items()
+            if not layer.kept
+        ]
+        said += [
+            f"experts {layer.unrouted} of {name} saw no token of the fit and were left as they were"
+            for name, layer in self.layers.items()
+            if layer.unrouted
+        ]
+        if not self.kept:
+            said.append(
+                f"the refit was undone: it raised the held-out loss from {self.loss_before:.4g} to "
+                f"{self.loss_after:.4g}; give more calibration tokens or text closer to the test"
+            )
+        return said

@@ -1,0 +1,109 @@
+"""Which tokens count: padding does not, and some rows are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_moe.adapters.site import MoESite
+from lit_moe.errors import CalibrationError
+
+Batch = Mapping[str, Tensor]
+MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "pixel_values",
+)
+
+
+class Rows:
+    """The calibration rows of this rank, a part of them held out.
+
+    Rows are dealt to ranks in turn, so that the held-out rows are the same ones on any number of
+    ranks: every ``1 / held_out``-th row of all.
+
+    Args:
+        batches: keyword arguments of the model; other keys are left out.
+        held_out: fraction of the rows to hold out.
+        device: where the batches go.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        CalibrationError: if there is no batch, or too few rows to hold one out.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        held_out: float,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.batches = [
+            {k: b[k].to(device) for k in MODEL_INPUTS if isinstance(b.get(k), Tensor)}
+            for b in batches
+        ]
+        if not self.batches:
+            raise CalibrationError("there is no calibration batch; give at least one per rank")
+        every = max(2, round(1 / held_out))
+        self._held: list[Tensor] = []
+        start = 0
+        for batch in self.batches:
+            num = len(next(iter(batch.values())))
+            index = (torch.arange(start, start + num) * world_size + rank).to(device)
+            self._held.append(index % every == every - 1)
+            start += num
+        if start * world_size < every:
+            raise CalibrationError(
+                f"{start * world_size} calibration rows are too few to hold out one in {every}: "
+                "give more rows, or shorter ones"
+            )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def weights(self, index: int, site: MoESite, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return fit and held-out weights (0 or 1) of one batch's tokens, shape ``(T,)``."""
+        held = self._held[index]
+        per_row = num_tokens // len(held)
+        held_T = held.repeat_interleave(per_row)
+        valid_T = self._mask(index, site)
+        valid_T = torch.ones_like(held_T) if valid_T is None else valid_T
+        return (valid_T & ~held_T).float(), (valid_T & held_T).float()
+
+    def held_batches(self) -> list[dict[str, Tensor]]:
+        """Return the held-out rows as batches of their own."""
+        chosen = [
+            {k: v[held] for k, v in batch.items()}
+            for batch, held in zip(self.batches, self._held, strict=True)
+        ]
+        return [batch for batch in chosen if len(next(iter(batch.values())))]
+
+    def count_tokens(self) -> tuple[int, int]:
+        """Return fitted and held-out tokens of this rank, padding excluded."""
+        fit = held = 0
+        for batch, is_held in zip(self.batches, self._held, strict=True):
+            mask = batch.get("attention_mask", batch.get("input_ids"))
+            per_row = (
+                torch.ones_like(is_held, dtype=torch.long)
+                if mask is None
+                else (mask != 0).sum(1)
+                if "attention_mask" in batch
+                else torch.full_like(is_held, mask.shape[1], dtype=torch.long)
+            )
+            held += int(per_row[is_held].sum())
+            fit += int(per_row[~is_held].sum())
+        return fit, held
+
+    def _mask(self, index: int, site: MoESite) -> Tensor | None:
+        batch = self.batches[index]
+        is_decoder = "decoder_input_ids" in batch and site.name.split(".")[0] != "encoder"
+        mask = batch.get("decoder_attention_mask" if is_decoder else "attention_mask")
+        return None if mask is None else mask.reshape(-1).bool()
