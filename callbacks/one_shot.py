@@ -124,6 +124,8 @@ class OneShotPruning(Callback):
             check_budget(budget, sites, protect)
         protected = parse_protection(protect, sites)
         writer.report.protected = {k: sorted(ids) for k, ids in protected.items() if ids}
+        if hasattr(self.criterion, "progress"):
+            self.criterion.progress = trainer.is_global_zero
         with writer.phase("score"):
             scores = score(
                 model if observation is None else observation,
@@ -168,10 +170,14 @@ class OneShotPruning(Callback):
         if "forward" not in self.criterion.needs:
             return None
         device = trainer.strategy.root_device
-        return [
+        batches = [
             {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
             for batch in calibration_share(trainer)
         ]
+        tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum()
+        total = trainer.strategy.reduce(tokens, reduce_op="sum")
+        report_writer(trainer).report.calibration.tokens = int(total)
+        return batches
 
     def _complete_budget(self, module: MoEModule, sites: tuple[MoESite, ...]) -> Budget:
         assert self.budget is not None

@@ -107,7 +107,7 @@ def _shown(num_layers: int) -> Iterator[OnLayer]:
 
         def on_layer(name: str, layer: LayerRefit) -> None:
             if num_layers:
-                bars.console.print(f"  {name}: {describe(layer)}", highlight=False)
+                bars.console.print(f"  {name}: {describe(layer)}", highlight=False, soft_wrap=True)
                 bars.advance(task)
 
         yield on_layer

@@ -3,6 +3,7 @@
 from lit_moe.criteria import activation as activation
 from lit_moe.criteria import chance as chance
 from lit_moe.criteria import naee as naee
+from lit_moe.criteria import obs as obs
 from lit_moe.criteria import usage as usage
 from lit_moe.criteria import weights as weights
 from lit_moe.criteria.base import Criterion as Criterion

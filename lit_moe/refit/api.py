@@ -25,7 +25,7 @@ from lit_moe.refit.relatives import check_relatives, find_targets
 from lit_moe.refit.report import LayerRefit, RefitReport
 from lit_moe.refit.rows import Rows
 from lit_moe.refit.sequential import SequentialRefit
-from lit_moe.refit.weights import DownProjections, own_down_projections
+from lit_moe.refit.weights import DownProjections, Snapshot, own_down_projections
 
 
 @torch.no_grad()
@@ -90,8 +90,7 @@ def _judged(job: RefitJob, report: RefitReport, on_layer: OnLayer | None) -> Ref
         if on_layer is not None:
             on_layer(name, record)
 
-    changing = [DownProjections(job.student, t.site, job.options) for t in job.targets]
-    before = [weights.read() for weights in changing]
+    before = Snapshot(job.student, [target.site for target in job.targets], job.options)
     held = job.rows.held_batches()
     report.loss_before = held_out_loss(job.student, job.teacher, held)
     try:
@@ -100,24 +99,19 @@ def _judged(job: RefitJob, report: RefitReport, on_layer: OnLayer | None) -> Ref
             kind(job).run(note)
         report.loss_after = held_out_loss(job.student, job.teacher, held)
     except BaseException:
-        _restore(changing, before)
+        before.restore_()
         raise
     if not report.loss_after <= report.loss_before:
-        _restore(changing, before)
+        before.restore_()
         report.kept = False
     job.progress.clear()
     return report
 
 
-def _restore(changing: list[DownProjections], before: list[dict[str, Tensor]]) -> None:
-    for weights, values in zip(changing, before, strict=True):
-        weights.write_(values)
-
-
 def _choice(
     student: PreTrainedModel, targets: Sequence[Target], options: RefitOptions
 ) -> SolverChoice:
-    sizes = [DownProjections(student, t.site, options).weights.size for t in targets]
+    sizes = [DownProjections(student, t.site, options).size for t in targets]
     largest = LayerSize(*(max(getattr(s, n) for s in sizes) for n in vars(sizes[0])))
     return choose_solver(
         largest, options, at_once=len(targets) if options.mode == "parallel" else 1

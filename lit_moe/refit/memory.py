@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,7 +79,8 @@ def choose_solver(size: LayerSize, options: RefitOptions, *, at_once: int = 1) -
     raise LitMoEError(
         f"memory_gib={options.memory_gib:g} leaves {quantities.size(limit)} for matrices, but "
         f"{' or '.join(candidates)} needs at least {quantities.size(least)} for {size.num_experts} "
-        f"experts of width {size.width}: set memory_gib to {2 * least / 2**30:.2g} or more"
+        f"experts of width {size.width}: set memory_gib to {_rounded_up(2 * least / 2**30):g} or "
+        "more"
     )
 
 
@@ -92,6 +94,12 @@ def _bytes(name: SolverName, size: LayerSize, dtype: torch.dtype, keep: bool, at
     if name == "jacobi":
         return each * (at_once * (size.num_experts * block + sides) + block)
     return each * ((size.num_experts if keep else 1) * block + block + 2 * sides)
+
+
+def _rounded_up(number: float) -> float:
+    """Return the next number with two significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return float(f"{math.ceil(number / unit) * unit:.2g}")
 
 
 def _reason(name: SolverName, options: RefitOptions, size: LayerSize) -> str:

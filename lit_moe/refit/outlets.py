@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from lit_moe.adapters.base import MoEAdapter
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import UnsupportedModelError
-from lit_moe.refit.streams import first_tensor
 from lit_moe.stats.features import FeatureSlots, features_of
 from lit_moe.stats.grams import gated_features
+from lit_moe.stats.layers import first_tensor
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
 

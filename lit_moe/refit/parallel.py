@@ -16,10 +16,10 @@ from lit_moe.adapters import adapter_for
 from lit_moe.refit.job import OnLayer, RefitJob, Target
 from lit_moe.refit.layer import LayerProblem
 from lit_moe.refit.report import LayerRefit
-from lit_moe.refit.streams import first_tensor, layer_of
 from lit_moe.refit.weights import DownProjections
 from lit_moe.stats.features import FeatureSlots, features_of
 from lit_moe.stats.grams import Piece, gated_features
+from lit_moe.stats.layers import first_tensor, layer_of
 
 
 class ParallelRefit:
@@ -86,7 +86,7 @@ class ParallelRefit:
         """Add one batch of one layer; the stream behind the layer gives the tokens' weights."""
         down = DownProjections(self._student, target.site, self._options)
         expert_ids, token_ids, features = gated_features(slots, bias=down.has_bias)
-        hidden = down.weights.size.hidden  # a few blocks return their output flattened
+        hidden = down.size.hidden  # a few blocks return their output flattened
         wanted_TH, given_TH = (x.reshape(-1, hidden).float() for x in (wanted, given))
         fit, held = self._rows.weights(self._index, target.site, len(wanted_TH))
         if self._options.token_weights == "relative":

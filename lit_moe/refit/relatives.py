@@ -15,8 +15,9 @@ from lit_moe.inference import evaluating
 from lit_moe.refit.job import Target
 from lit_moe.refit.options import RefitOptions
 from lit_moe.refit.outlets import find_outlet
-from lit_moe.refit.streams import find_stream, layer_of
+from lit_moe.refit.streams import find_stream
 from lit_moe.stats.features import check_linear
+from lit_moe.stats.layers import layer_of
 
 _PROBED = 16
 

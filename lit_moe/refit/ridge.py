@@ -82,7 +82,7 @@ def cholesky(matrix: Tensor, lam: float, unit: float) -> Tensor:
     diagonal = matrix.diagonal()
     own = diagonal.clone()
     # Features that no token ever had have zero rows; the tiny addition keeps their solution at 0.
-    diagonal += lam * unit + (own == 0) * (unit or 1.0)
+    diagonal += lam * unit + (own == 0).to(own) * (unit or 1.0)
     factor, info = torch.linalg.cholesky_ex(matrix)
     diagonal.copy_(own)
     if bool(info.any()) or not bool(factor.isfinite().all()):

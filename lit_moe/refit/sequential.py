@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_moe.adapters import adapter_for
@@ -19,10 +20,13 @@ from lit_moe.refit.job import OnLayer, RefitJob, Target
 from lit_moe.refit.layer import LayerProblem
 from lit_moe.refit.lockstep import Lockstep
 from lit_moe.refit.report import LayerRefit
-from lit_moe.refit.streams import first_tensor, with_first_tensor
+from lit_moe.refit.routers import RouterProblem
 from lit_moe.refit.weights import DownProjections
 from lit_moe.stats.features import FeatureSlots, features_of
 from lit_moe.stats.grams import Piece, gated_features
+from lit_moe.stats.layers import first_tensor, with_first_tensor
+
+_ROUTER = "router of "
 
 
 class SequentialRefit:
@@ -53,33 +57,52 @@ class SequentialRefit:
 
     def _advance(self, teacher: Lockstep, student: Lockstep, on_layer: OnLayer) -> None:
         answers: list[Tensor | None] = [None] * len(student)
-        while True:
-            problem: LayerProblem | None = None
-            outputs: list[Tensor] = []
-            name = ""
-            for index, answer in enumerate(answers):
-                wanted = teacher.advance(index)
-                given = student.advance(index, answer)
-                answers[index] = None
-                if _names(wanted) != _names(given):
-                    raise CalibrationError(
-                        f"teacher and student do not meet the same layers: {_names(wanted)} and "
-                        f"{_names(given)}"
-                    )
-                if wanted is None or given is None:
-                    continue
-                name = given[0]
-                target = self._targets[name]
-                problem = problem or self._problem(target)
-                problem.add(*self._piece(index, target, wanted[1], given[1]))
-                outputs.append(given[1])
-            if problem is None:
-                return
-            update, record = self._solve(name, problem)
-            if update is not None:
-                answers = self._corrected(self._targets[name], problem, update, outputs)
-            problem.pieces.clear()
-            on_layer(name, record)
+        while (met := _next_point(teacher, student, answers)) is not None:
+            name, wanted, given = met
+            if name in self._targets:
+                answers = self._refit_layer(name, wanted, given, on_layer)
+            else:
+                self._refit_router(name, wanted, given, on_layer)
+                answers = [None] * len(student)
+
+    def _refit_layer(
+        self, name: str, wanted: list[Any], given: list[Any], on_layer: OnLayer
+    ) -> list[Tensor | None]:
+        """Return the outputs of the layer after its refit, None for each where it was left."""
+        target = self._targets[name]
+        problem = self._problem(target)
+        for index in range(len(given)):
+            problem.add(*self._piece(index, target, wanted[index], given[index]))
+            wanted[index] = None  # as large as the batch, and not needed any more
+        update, record = self._solve(name, problem)
+        answers: list[Tensor | None] = [None] * len(given)
+        if update is not None:
+            answers = self._corrected(target, problem, update, given)
+        problem.pieces.clear()
+        on_layer(name, record)
+        return answers
+
+    def _refit_router(
+        self, name: str, wanted: list[Any], given: list[Any], on_layer: OnLayer
+    ) -> None:
+        target = self._targets[name.removeprefix(_ROUTER)]
+        problem = RouterProblem(self._student, self._teacher, target.site)
+        done = self._progress.load(name)
+        if done is not None:
+            if done[0] is not None:
+                problem.apply_(done[0], given[0])
+            on_layer(name, done[1])
+            return
+        if not problem.matched:
+            reason = "its rows are not rows of the teacher's router"
+            on_layer(name, LayerRefit(target="router logits", reason=reason))
+            return
+        for index, (output, args) in enumerate(zip(wanted, given, strict=True)):
+            num_tokens = args[0].numel() // args[0].shape[-1]
+            problem.add(args, output, *self._rows.weights(index, target.site, num_tokens))
+        update, record = problem.solve(given[0])
+        self._progress.save(name, update, record)
+        on_layer(name, record)
 
     def _problem(self, target: Target) -> LayerProblem:
         down = DownProjections(self._student, target.site, self._options)
@@ -95,7 +118,7 @@ class SequentialRefit:
             raise CalibrationError(f"{target.site.name} ran without its experts being seen")
         down = DownProjections(self._student, target.site, self._options)
         expert_ids, token_ids, features = gated_features(slots, bias=down.has_bias)
-        hidden = down.weights.size.hidden  # a few blocks return their output flattened
+        hidden = down.size.hidden  # a few blocks return their output flattened
         wanted_TH, given_TH = (x.reshape(-1, hidden).float() for x in (wanted, given))
         fit, held = self._rows.weights(index, target.site, len(given_TH))
         if self._options.token_weights == "relative":
@@ -142,11 +165,31 @@ class SequentialRefit:
             model.get_submodule(target.module).register_forward_hook(hook_for(name))
             for name, target in self._targets.items()
         ]
+        if self._options.router:
+            hooks += self._router_hooks(model, lockstep)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _router_hooks(self, model: PreTrainedModel, lockstep: Lockstep) -> list[RemovableHandle]:
+        """Hold the student before its routers, and the teacher behind them."""
+
+        def before(name: str) -> Callable[[nn.Module, Any], None]:
+            return lambda _, args: lockstep.hold(name, args)
+
+        def behind(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _, __, output: lockstep.hold(name, output)
+
+        hooks = []
+        for target in self._targets.values():
+            name, router = _ROUTER + target.site.name, model.get_submodule(target.site.router)
+            if model is self._student:
+                hooks.append(router.register_forward_pre_hook(before(name)))
+            else:
+                hooks.append(router.register_forward_hook(behind(name)))
+        return hooks
 
     @contextlib.contextmanager
     def _observed(self, student: Lockstep) -> Iterator[None]:
@@ -162,5 +205,22 @@ class SequentialRefit:
             yield
 
 
-def _names(event: tuple[str, Any] | None) -> str | None:
-    return None if event is None else event[0]
+def _next_point(
+    teacher: Lockstep, student: Lockstep, answers: list[Tensor | None]
+) -> tuple[str, list[Any], list[Any]] | None:
+    """Let all batches run to their next point; return its name and what both models have there."""
+    names: set[str | None] = set()
+    wanted: list[Any] = []
+    given: list[Any] = []
+    for index, answer in enumerate(answers):
+        for lockstep, reply, payloads in ((teacher, None, wanted), (student, answer, given)):
+            event = lockstep.advance(index, reply)
+            names.add(None if event is None else event[0])
+            payloads.append(None if event is None else event[1])
+        answers[index] = None
+    if len(names) > 1:
+        raise CalibrationError(
+            f"teacher and student meet different layers at the same time: {sorted(map(str, names))}"
+        )
+    (name,) = names
+    return None if name is None else (name, wanted, given)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_moe.adapters.site import MoESite
+from lit_moe.stats.layers import first_tensor, layer_of, with_first_tensor
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
@@ -31,27 +32,6 @@ class Stream:
 
     module: str
     scale: float
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the hidden states from what a block or layer returned."""
-    return output if isinstance(output, Tensor) else first_tensor(output[0])
-
-
-def with_first_tensor(output: Any, hidden: Tensor) -> Any:
-    """Return ``output`` with its hidden states replaced."""
-    if isinstance(output, Tensor):
-        return hidden
-    return type(output)([with_first_tensor(output[0], hidden), *output[1:]])
-
-
-def layer_of(model: nn.Module, site: MoESite) -> str | None:
-    """Return the innermost list item around a block, for instance ``model.layers.3``."""
-    parts = site.name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        if isinstance(model.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
-            return ".".join(parts[:end])
-    return None
 
 
 def find_stream(

@@ -33,8 +33,14 @@ class DownProjections:
         weights = self._adapter.expert_weights(model, site)
         down_EHI = weights["down"]
         self.has_bias = options.bias and "down_bias" in weights
-        size = LayerSize(len(down_EHI), down_EHI.shape[2] + self.has_bias, down_EHI.shape[1])
-        self.weights = Weights(size, site.top_k, self._support(down_EHI, options))
+        self._options = options
+        self.size = LayerSize(len(down_EHI), down_EHI.shape[2] + self.has_bias, down_EHI.shape[1])
+
+    @property
+    def weights(self) -> Weights:
+        """What the layer's problem must know; looks at every weight for fixed zeros."""
+        down_EHI = self._adapter.expert_weights(self._model, self._site)["down"]
+        return Weights(self.size, self._site.top_k, self._support(down_EHI, self._options))
 
     def add_(self, update_EDH: Tensor) -> None:
         """Add an update ``(E, D, H)``; the sum is rounded once, to the weights' dtype."""
@@ -63,6 +69,27 @@ class DownProjections:
         if self.has_bias:
             support = torch.cat([support, torch.ones_like(support[:, :1])], dim=1)
         return support
+
+
+class Snapshot:
+    """The weights that a refit may change, as they are now."""
+
+    def __init__(
+        self, model: PreTrainedModel, sites: Sequence[MoESite], options: RefitOptions
+    ) -> None:
+        adapter = adapter_for(model.config)
+        self._down = [DownProjections(model, site, options) for site in sites]
+        self._values = [down.read() for down in self._down]
+        self._rows = [adapter.router_weight(model, s) for s in sites] if options.router else []
+        self._row_values = [rows.detach().clone() for rows in self._rows]
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Put them back."""
+        for down, values in zip(self._down, self._values, strict=True):
+            down.write_(values)
+        for rows, own in zip(self._rows, self._row_values, strict=True):
+            rows.copy_(own)
 
 
 def own_down_projections(

@@ -103,8 +103,8 @@ def check_linear(
     if difference > _TOLERANCE.get(outputs[0].outputs.dtype, 5e-2):
         raise UnsupportedModelError(
             f"{site.name} of {type(model).__name__} cannot be refitted: its experts' outputs "
-            f"differ by {difference:.1e} (of the largest) from down projection times features, as where "
-            "something nonlinear follows the down projection"
+            f"differ by {difference:.1e} (of the largest) from down projection times features, as "
+            "where something nonlinear follows the down projection"
         )
 
 
