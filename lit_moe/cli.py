@@ -124,14 +124,19 @@ def _inspect(args: list[str]) -> int:
     )
     parser.add_argument("model", help="folder, hub id, or `embedded`")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    refit = parser.add_argument_group("memory of a closed-form refit")
+    refit.add_argument("--refit", action="store_true", help="say what it would hold, and where")
+    refit.add_argument("--tokens", type=int, default=65536, help="calibration tokens")
+    refit.add_argument("--memory-gib", type=float, default=4.0, help="as in Refit's options")
     options = parser.parse_args(args)
 
     from rich.console import Console
 
     from lit_moe.assets import resolve_model
-    from lit_moe.inspection import inspect_model, render
+    from lit_moe.inspection import RefitRequest, inspect_model, render
 
-    inspection = inspect_model(resolve_model(options.model))
+    request = RefitRequest(options.tokens, options.memory_gib) if options.refit else None
+    inspection = inspect_model(resolve_model(options.model), refit=request)
     if options.json:
         print(json.dumps(inspection.to_dict(), indent=2))
     else:

@@ -15,14 +15,32 @@ from lit_moe.adapters.site import AxisKind
 from lit_moe.checkpoints import model_class, read_config
 from lit_moe.errors import LitMoEError
 from lit_moe.heterogeneous import per_layer_counts
-from lit_moe.inspection.findings import Inspection, Layer, Saving, Size
+from lit_moe.inspection.findings import (
+    Inspection,
+    Layer,
+    RefitRequest,
+    Saving,
+    Size,
+    nearest,
+)
 from lit_moe.inspection.parts import size_of_parts
+from lit_moe.inspection.refit_needs import refit_needs
 
 KEEP_RATIOS = (0.75, 0.5, 0.25)
 
 
-def inspect_model(name_or_path: str | Path, *, trust_remote_code: bool | None = None) -> Inspection:
+def inspect_model(
+    name_or_path: str | Path,
+    *,
+    trust_remote_code: bool | None = None,
+    refit: RefitRequest | None = None,
+) -> Inspection:
     """Describe a checkpoint by its config: a local folder or a hub id.
+
+    Args:
+        name_or_path: where the config is.
+        trust_remote_code: run model code that comes with the checkpoint.
+        refit: also tell what a refit would hold in memory.
 
     Raises:
         NotAnMoEError: if the model is dense.
@@ -50,6 +68,7 @@ def inspect_model(name_or_path: str | Path, *, trust_remote_code: bool | None = 
         parts=parts,
         savings=tuple(_savings(model, sites, layers, parts)),
         notes=tuple(_notes(config, sites, parts)),
+        refit=() if refit is None else tuple(refit_needs(model, sites, layers, refit, dtype)),
     )
 
 
@@ -66,11 +85,6 @@ def _skeleton(
             f"{cls.__name__} cannot be built from the config of {name_or_path}: {error}"
         ) from error
     return model
-
-
-def nearest(legal: Sequence[int], wanted: float) -> int:
-    """Return the legal count nearest to ``wanted``, of two equally near the larger."""
-    return min(legal, key=lambda count: (abs(count - wanted), -count))
 
 
 def _layer(site: MoESite, legal: tuple[int, ...]) -> Layer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,51 @@ class Saving:
 
 
 @dataclass(frozen=True)
+class RefitRequest:
+    """Asks for the memory of a closed-form refit.
+
+    Attributes:
+        tokens: calibration tokens.
+        memory_gib: as in :class:`lit_moe.refit.RefitOptions`.
+    """
+
+    tokens: int = 65536
+    memory_gib: float = 4.0
+
+
+@dataclass(frozen=True)
+class RefitNeeds:
+    """What a closed-form refit would hold beside teacher and student; bytes, of the largest layer.
+
+    Attributes:
+        mode: ``sequential`` or ``parallel``.
+        keep_ratio: of the experts of each layer.
+        solver: that would be taken, ``none`` if none fits.
+        matrices: Gram matrices, factors and solutions.
+        features: in memory.
+        on_disk: features and copies in the system's temporary folder.
+        streams: hidden states of all calibration tokens, about.
+        undo: copies of the weights that change, until the refit is judged.
+        reason: why this solver, or what would have to change.
+    """
+
+    mode: str
+    keep_ratio: float
+    solver: str
+    matrices: int
+    features: int
+    on_disk: int
+    streams: int
+    undo: int
+    reason: str
+
+    @property
+    def memory(self) -> int:
+        """Bytes in memory at the same time."""
+        return self.matrices + self.features + self.streams + self.undo
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What ``inspect_model`` found.
 
@@ -80,6 +125,7 @@ class Inspection:
         parts: part -> size; sums up to the whole.
         savings: one for each keep ratio.
         notes: sentences that a reader of the numbers must know.
+        refit: what closed-form refits would need, if that was asked for.
     """
 
     name: str
@@ -93,6 +139,7 @@ class Inspection:
     parts: Mapping[str, Size]
     savings: tuple[Saving, ...]
     notes: tuple[str, ...] = ()
+    refit: tuple[RefitNeeds, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -102,3 +149,8 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {**dataclasses.asdict(self), "bytes": self.bytes}
+
+
+def nearest(legal: Sequence[int], wanted: float) -> int:
+    """Return the legal count nearest to ``wanted``, of two equally near the larger."""
+    return min(legal, key=lambda count: (abs(count - wanted), -count))

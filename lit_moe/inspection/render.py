@@ -21,9 +21,15 @@ _FIRST_NUMBER = re.compile(r"\d+")
 def render(inspection: Inspection) -> RenderableType:
     """Return head line, MoE layers, parts, savings and notes."""
     notes = [Text(f"- {note}") for note in inspection.notes]
-    return Group(
-        _head(inspection), _layers(inspection), _parts(inspection), _savings(inspection), *notes
-    )
+    tables: list[RenderableType] = [
+        _head(inspection),
+        _layers(inspection),
+        _parts(inspection),
+        _savings(inspection),
+    ]
+    if inspection.refit:
+        tables.append(_refit(inspection))
+    return Group(*tables, *notes)
 
 
 def _head(inspection: Inspection) -> Text:
@@ -72,6 +78,23 @@ def _savings(inspection: Inspection) -> Table:
             size(saving.bytes),
             size(saving.saved_bytes),
             f"{saving.size_ratio:.1%}",
+        )
+    return table
+
+
+def _refit(inspection: Inspection) -> Table:
+    table = _table("refit", "keep", "solver", "matrices", "features", "streams", "undo", "on disk")
+    for needs in inspection.refit:
+        if needs.solver == "none":
+            table.add_row(needs.mode, f"{needs.keep_ratio:.0%}", needs.reason)
+            continue
+        numbers = (needs.matrices, needs.features, needs.streams, needs.undo)
+        table.add_row(
+            needs.mode,
+            f"{needs.keep_ratio:.0%}",
+            needs.solver,
+            *(size(number) for number in numbers),
+            size(needs.on_disk) if needs.on_disk else "-",
         )
     return table
 

@@ -69,7 +69,7 @@ class LayerProblem:
     ) -> None:
         self._weights, self._choice, self._options = weights, choice, options
         self._keep_all = keep_all or choice.name == "gauss_seidel"
-        self.pieces = PieceStore(options.budget // 2 // at_once, folder)
+        self.pieces = PieceStore(options.feature_bytes // at_once, folder)
         self._gram: Gram | None = None
         self._target = torch.zeros(2, dtype=torch.float64)
         self._count = torch.zeros(weights.size.num_experts, dtype=torch.float64)
@@ -126,18 +126,26 @@ class LayerProblem:
         if self._options.lam != "auto":
             update = from_first(solve(self._options.lam))
             return update, self._options.lam, self._energy(update, "held")
-        tried: dict[float, tuple[Tensor, float]] = {}
+        best: list[tuple[float, float, Tensor]] = []  # only one update is kept: it may be large
 
         def loss(lam: float) -> float:
             try:
                 update = from_first(solve(lam))
             except SingularGramError:
                 return math.inf
-            tried[lam] = (update, self._energy(update, "held"))
-            return tried[lam][1]
+            energy = self._energy(update, "held")
+            if not best or energy < best[0][0]:
+                best[:] = [(energy, lam, update)]
+            return energy
 
-        best = choose_penalty(loss)
-        return tried[best][0], best, tried[best][1]
+        choose_penalty(loss)
+        if not best:
+            raise SingularGramError(
+                "the Gram matrix is singular at every penalty that was tried; give more "
+                "calibration tokens, or a lam above 1"
+            )
+        energy, lam, update = best[0]
+        return update, lam, energy
 
     def _solver(self) -> Solve:
         choice, support = self._choice, self._weights.support

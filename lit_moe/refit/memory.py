@@ -53,7 +53,7 @@ class SolverChoice:
 def choose_solver(size: LayerSize, options: RefitOptions, *, at_once: int = 1) -> SolverChoice:
     """Return the solver to use for layers of one size.
 
-    Half of the budget is for matrices, the other half for features.
+    Half of the budget is for matrices.
 
     Args:
         size: of the largest layer.
@@ -63,7 +63,7 @@ def choose_solver(size: LayerSize, options: RefitOptions, *, at_once: int = 1) -
     Raises:
         LitMoEError: if the budget cannot hold what the solver needs at least; names that number.
     """
-    limit = options.budget // 2
+    limit = options.matrix_bytes
     candidates: tuple[SolverName, ...] = ("joint", "gauss_seidel")
     if options.mode == "parallel":
         candidates = ("joint", "jacobi", "gauss_seidel")
@@ -85,15 +85,16 @@ def choose_solver(size: LayerSize, options: RefitOptions, *, at_once: int = 1) -
 
 
 def _bytes(name: SolverName, size: LayerSize, dtype: torch.dtype, keep: bool, at_once: int) -> int:
-    """Matrix and its factor, right-hand side and solution."""
-    each = dtype.itemsize
-    block, sides = size.width**2, 2 * size.num_experts * size.width * size.hidden
+    """Matrices and a factor, right-hand sides, the solution at hand and the best one."""
+    block, side = size.width**2, size.num_experts * size.width * size.hidden
     if name == "joint":
         matrix = (size.num_experts * size.width) ** 2
-        return each * (at_once * (matrix + sides) + matrix)
-    if name == "jacobi":
-        return each * (at_once * (size.num_experts * block + sides) + block)
-    return each * ((size.num_experts if keep else 1) * block + block + 2 * sides)
+        numbers = at_once * (matrix + side) + matrix + 2 * side
+    elif name == "jacobi":
+        numbers = at_once * (size.num_experts * block + side) + block + 2 * side
+    else:
+        numbers = (size.num_experts if keep else 1) * block + block + 4 * side
+    return dtype.itemsize * numbers
 
 
 def _rounded_up(number: float) -> float:

@@ -33,7 +33,9 @@ class RefitOptions:
             only).
         keep_zeros: in down projections with at least 2 % zeros (N:M or unstructured pruning) the
             zeros stay.
-        memory_gib: for Gram matrices and features in GiB; features beyond go to disk.
+        memory_gib: in GiB: half for Gram matrices and solutions, a quarter for features, an eighth
+            for copies of the old weights (both go to disk beyond that), the rest for the hidden
+            states of waiting forwards, whose size the calibration tokens decide.
     """
 
     mode: Literal["sequential", "parallel"] = "sequential"
@@ -61,6 +63,16 @@ class RefitOptions:
             )
 
     @property
-    def budget(self) -> int:
-        """Bytes."""
-        return int(self.memory_gib * 2**30)
+    def matrix_bytes(self) -> int:
+        """Bytes for Gram matrices, factors and solutions."""
+        return int(self.memory_gib * 2**29)
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of features to hold in memory."""
+        return int(self.memory_gib * 2**28)
+
+    @property
+    def undo_bytes(self) -> int:
+        """Bytes of old weights to hold in memory."""
+        return int(self.memory_gib * 2**27)

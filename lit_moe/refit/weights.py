@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,6 +39,12 @@ class DownProjections:
         self.size = LayerSize(len(down_EHI), down_EHI.shape[2] + self.has_bias, down_EHI.shape[1])
 
     @property
+    def bytes(self) -> int:
+        """Bytes of the refitted tensors."""
+        weights = self._adapter.expert_weights(self._model, self._site)
+        return weights["down"].numel() * weights["down"].element_size()
+
+    @property
     def weights(self) -> Weights:
         """What the layer's problem must know; looks at every weight for fixed zeros."""
         down_EHI = self._adapter.expert_weights(self._model, self._site)["down"]
@@ -46,16 +54,19 @@ class DownProjections:
         """Add an update ``(E, D, H)``; the sum is rounded once, to the weights' dtype."""
         values = self.read()
         width = values["down"].shape[2]
-        new = {"down": values["down"] + update_EDH[:, :width].transpose(1, 2).to(torch.float64)}
-        if self.has_bias:
-            new["down_bias"] = values["down_bias"] + update_EDH[:, width].to(torch.float64)
-        self.write_(new)
+        for expert, update_DH in enumerate(update_EDH.double()):
+            down = values["down"][expert]
+            down.copy_(down.double() + update_DH[:width].T)
+            if self.has_bias:
+                bias = values["down_bias"][expert]
+                bias.copy_(bias.double() + update_DH[width])
+        self.write_(values)
 
     def read(self) -> dict[str, Tensor]:
-        """Return copies of the refitted tensors, in float64."""
+        """Return copies of the refitted tensors, in their own dtype."""
         weights = self._adapter.expert_weights(self._model, self._site)
         names = ("down", "down_bias") if self.has_bias else ("down",)
-        return {name: weights[name].detach().to(torch.float64, copy=True) for name in names}
+        return {name: weights[name].detach().clone() for name in names}
 
     def write_(self, values: dict[str, Tensor]) -> None:
         """Write tensors as :meth:`read` gives them."""
@@ -72,24 +83,44 @@ class DownProjections:
 
 
 class Snapshot:
-    """The weights that a refit may change, as they are now."""
+    """The weights that a refit may change, as they are now; on disk where they are large.
+
+    Args:
+        model: the smaller model.
+        sites: its layers that are refitted.
+        options: what may be held in memory.
+    """
 
     def __init__(
         self, model: PreTrainedModel, sites: Sequence[MoESite], options: RefitOptions
     ) -> None:
         adapter = adapter_for(model.config)
-        self._down = [DownProjections(model, site, options) for site in sites]
-        self._values = [down.read() for down in self._down]
         self._rows = [adapter.router_weight(model, s) for s in sites] if options.router else []
         self._row_values = [rows.detach().clone() for rows in self._rows]
+        self._down = {site.name: DownProjections(model, site, options) for site in sites}
+        self._values: dict[str, dict[str, Tensor]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if sum(down.bytes for down in self._down.values()) > options.undo_bytes:
+            self._folder = tempfile.TemporaryDirectory(prefix="lit-moe-refit-")
+        for name, down in self._down.items():
+            if self._folder is None:
+                self._values[name] = down.read()
+            else:
+                values = {k: v.cpu().contiguous() for k, v in down.read().items()}
+                save_file(values, self._file(name))
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Put them back."""
-        for down, values in zip(self._down, self._values, strict=True):
-            down.write_(values)
+        for name, down in self._down.items():
+            on_disk = self._folder is not None
+            down.write_(load_file(self._file(name)) if on_disk else self._values[name])
         for rows, own in zip(self._rows, self._row_values, strict=True):
             rows.copy_(own)
+
+    def _file(self, name: str) -> str:
+        assert self._folder is not None
+        return f"{self._folder.name}/{name}.safetensors"
 
 
 def own_down_projections(
