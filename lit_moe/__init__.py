@@ -8,6 +8,8 @@ Without a trainer, in five lines::
     lit_moe.shrink(model, plan)
     lit_moe.export(model, path)
 
+and ``lit_moe.refit(model, teacher, batches)`` before the export, to repair without gradients.
+
 Public names are imported on first use, so that ``import lit_moe`` and ``lit-moe --help`` are quick.
 """
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from lit_moe.criteria import score as score
     from lit_moe.export import export as export
     from lit_moe.masking import masked as masked
+    from lit_moe.models import sharing_copy as sharing_copy
     from lit_moe.module import MoEModule as MoEModule
     from lit_moe.plan import KeepPlan as KeepPlan
     from lit_moe.refit import refit as refit
@@ -40,6 +43,7 @@ _HOMES = {
     "observe": "lit_moe.stats",
     "score": "lit_moe.criteria",
     "select": "lit_moe.selection",
+    "sharing_copy": "lit_moe.models",
     "shrink": "lit_moe.surgery",
 }
 _CALLABLE = ("export", "refit")

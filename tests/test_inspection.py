@@ -11,7 +11,7 @@ from lit_moe.accounting import count_parameters, tensor_at
 from lit_moe.adapters import find_sites
 from lit_moe.errors import LitMoEError, NotAnMoEError, UnsupportedModelError
 from lit_moe.export import export
-from lit_moe.inspection import inspect_model, nearest, render
+from lit_moe.inspection import RefitRequest, inspect_model, nearest, render
 from lit_moe.inspection.parts import part_by_name
 from lit_moe.inspection.render import counts_in_words
 from lit_moe.testing import tiny_moe
@@ -208,3 +208,22 @@ def test_bytes_follow_the_dtype_of_the_config(tmp_path):
     found = inspect_model(tmp_path)
     assert found.dtype == "bfloat16"
     assert found.bytes == 2 * found.parameters
+
+
+def test_the_memory_of_a_refit_is_said_beforehand(saved):
+    folder = saved("Mixtral")
+    found = inspect_model(folder, refit=RefitRequest(tokens=10_000, memory_gib=32))
+    assert [(n.mode, n.keep_ratio) for n in found.refit] == [
+        (mode, ratio) for mode in ("sequential", "parallel") for ratio in (0.75, 0.5, 0.25)
+    ]
+    quarter = found.refit[2]
+    assert quarter.solver == "joint"
+    width, hidden = 2 * 14336, 4096
+    assert quarter.matrices == 8 * (2 * width**2 + 3 * width * hidden)
+    assert quarter.features == 10_000 * 2 * 14336 * 4
+    for needs in found.refit:
+        assert needs.memory - needs.streams <= 32 * 2**30
+    assert "joint" in shown(found)
+    small = inspect_model(folder, refit=RefitRequest(memory_gib=0.5))
+    assert {n.solver for n in small.refit} == {"none"}
+    assert all("set memory_gib to" in n.reason for n in small.refit)

@@ -46,7 +46,7 @@ def test_the_tree_of_the_readme_is_the_tree():
 def test_the_five_lines_run(tmp_path):
     (code,) = blocks("python")
     model = build_model("embedded", dtype="float32")
-    ids = torch.randint(0, 1024, (2, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 1024, (8, 64), generator=torch.Generator().manual_seed(0))
     names: dict[str, Any] = {
         "lit_moe": lit_moe,
         "model": model,

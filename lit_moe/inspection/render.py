@@ -82,21 +82,14 @@ def _savings(inspection: Inspection) -> Table:
     return table
 
 
-def _refit(inspection: Inspection) -> Table:
-    table = _table("refit", "keep", "solver", "matrices", "features", "streams", "undo", "on disk")
+def _refit(inspection: Inspection) -> Group:
+    table = _table("refit", "keep", "solver", "matrices", "features", "streams", "undo", "disk")
     for needs in inspection.refit:
-        if needs.solver == "none":
-            table.add_row(needs.mode, f"{needs.keep_ratio:.0%}", needs.reason)
-            continue
-        numbers = (needs.matrices, needs.features, needs.streams, needs.undo)
-        table.add_row(
-            needs.mode,
-            f"{needs.keep_ratio:.0%}",
-            needs.solver,
-            *(size(number) for number in numbers),
-            size(needs.on_disk) if needs.on_disk else "-",
-        )
-    return table
+        numbers = (needs.matrices, needs.features, needs.streams, needs.undo, needs.on_disk)
+        cells = ("-",) * len(numbers) if needs.solver == "none" else map(size, numbers)
+        table.add_row(needs.mode, f"{needs.keep_ratio:.0%}", needs.solver, *cells)
+    reasons = dict.fromkeys(n.reason for n in inspection.refit if n.solver == "none")
+    return Group(table, *(Text(f"- no refit: {reason}") for reason in reasons))
 
 
 def counts_in_words(counts: Sequence[int]) -> str:

@@ -66,7 +66,7 @@ def refit(
     if student is teacher:
         raise LitMoEError(
             "student and teacher are the same model, so there is nothing to correct; keep a copy "
-            "from before pruning (lit_moe.models.sharing_copy) or load the teacher from its folder"
+            "from before pruning (lit_moe.sharing_copy) or load the teacher from its folder"
         )
     rank, world_size = _rank(), _world_size()
     rows = Rows(list(batches), options.held_out, student.device, rank=rank, world_size=world_size)

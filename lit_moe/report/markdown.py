@@ -22,6 +22,7 @@ def to_markdown(report: RunReport, *, figures: Sequence[str] = ()) -> str:
         _domains(report),
         _warnings(report),
         _choice(report),
+        _refit(report),
         "\n".join(f"![{name}]({name})\n" for name in figures),
         _layers(report),
         _seconds(report),
@@ -73,6 +74,42 @@ def _choice(report: RunReport) -> str:
         if (difference := report.export.max_abs_logit_difference) is not None:
             lines.append(f"- largest logit difference after reloading it: {difference:.3g}")
     return "## What was done\n\n" + "\n".join(lines) + "\n"
+
+
+def _refit(report: RunReport) -> str:
+    refit = report.refit
+    if refit is None:
+        return ""
+    head = ["layer", "residual", "with refit", "held out", "with refit", "lam", ""]
+    rows = [
+        [
+            f"`{name}`",
+            *(
+                _number(value)
+                for value in (
+                    layer.residual_before,
+                    layer.residual_after,
+                    layer.held_out_before,
+                    layer.held_out_after,
+                    layer.lam,
+                )
+            ),
+            "" if layer.kept else "left as it was",
+        ]
+        for name, layer in refit.layers.items()
+    ]
+    lines = [
+        f"- {refit.mode}, solver {refit.solver}",
+        f"- fitted on {refit.tokens:,} tokens, judged on {refit.held_out_tokens:,} others",
+        f"- their loss: {_number(refit.loss_before)} before, {_number(refit.loss_after)} after"
+        + ("" if refit.kept else "; undone"),
+        "- residuals: what is missing of the teacher's output, as a fraction of its energy",
+    ]
+    return "## Refit\n\n" + "\n".join(lines) + "\n\n" + _table(head, rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _layers(report: RunReport) -> str:
