@@ -9,6 +9,7 @@ may attach whatever they like.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -119,4 +120,10 @@ class Lockstep:
 
 
 def _runner(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
-    return lambda: model.base_model(**inputs)
+    def run() -> object:
+        # The current GPU, like grad mode, belongs to the thread.
+        on_gpu = model.device.type == "cuda"
+        with torch.cuda.device(model.device) if on_gpu else contextlib.nullcontext():
+            return model.base_model(**inputs)
+
+    return run
