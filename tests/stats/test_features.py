@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.errors import UnsupportedModelError
-from lit_moe.stats.features import check_linear, features_of
+from lit_moe.stats.features import FeatureSlots, check_linear, features_of
 from lit_moe.stats.grams import gated_features
 from lit_moe.testing import FAMILIES, example_inputs, tiny_moe
 
@@ -22,7 +22,7 @@ REFUSED = {
 @torch.no_grad()
 def look(model, site, inputs):
     """Run once and return the expert ids, token ids and gated features of one layer."""
-    seen = []
+    seen: list[FeatureSlots] = []
     with features_of(model, adapter_for(model.config), site, seen.append):
         model.base_model(**inputs)
     (slots,) = seen
