@@ -13,8 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_moe.adapters import find_sites
+from lit_moe.assets import resolve_model
 from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import report_writer
+from lit_moe.checkpoints import read_config
 from lit_moe.errors import LitMoEError
 from lit_moe.models import build_model
 from lit_moe.module import MoEModule
@@ -44,8 +46,18 @@ class Refit(Callback):
     def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
         """Before the model is built. Asks for a copy of it as it will be before any plan."""
         report_writer(trainer)
-        if stage == "fit" and self.teacher is None:
+        if stage != "fit":
+            return
+        others = [c for c in trainer.callbacks if isinstance(c, Refit)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise LitMoEError(
+                f"{len(others)} Refit callbacks are given, but the second would find nothing left "
+                "to correct; keep one, behind the last callback that changes the model"
+            )
+        if self.teacher is None:
             pl_module.keep_unpruned = True
+        else:
+            read_config(resolve_model(self.teacher))  # a missing one should not show after an hour
 
     def on_model_built(self, trainer: Trainer, module: MoEModule) -> None:
         """When the model is built and plans before this one are applied. Refits it.
@@ -74,6 +86,8 @@ class Refit(Callback):
                 progress_folder=Path(trainer.default_root_dir) / PROGRESS_FOLDER,
                 on_layer=on_layer,
             )
+        if self.teacher is not None:
+            report.teacher = self.teacher
         writer.report.refit = report
         writer.report.warnings.extend(report.sentences())
         writer.measure(trainer, module, "refitted")

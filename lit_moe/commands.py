@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import re
 import sys
+import typing
 from argparse import Action
 from importlib import import_module
 from typing import Any, ClassVar, NoReturn
@@ -23,7 +25,7 @@ from lit_moe.module import MoEModule
 _IN_CLASS = re.compile(
     r"Problem with given class_path '([\w.]+)':\s+(?=(Parser key[^\n]+\n[^\n]+|\S[^\n]*))"
 )
-_CALLBACK = re.compile(r"--([A-Z]\w+)\.(\w+)(?:=(.*))?$", re.DOTALL)
+_CALLBACK = re.compile(r"--([A-Z]\w+)\.(\w+(?:\.\w+)*)(?:=(.*))?$", re.DOTALL)
 _KEY = re.compile(
     r"(?:(?:[Oo]ption|(?<!Parser )[Kk]ey|attribute) ['\"]|unrecognized arguments: --)([\w.]+)"
 )
@@ -118,14 +120,44 @@ def _override(callbacks: list[Any], name: str, field: str, value: object) -> Non
         raise LitMoEError(
             f"--{name}.{field}: the configuration has no callback {name}; it has {sorted(classes)}"
         )
+    first, _, inner = field.partition(".")
     known = _names_near(classes[name].class_path, "")
-    if field not in known:
-        near = difflib.get_close_matches(field, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-        raise LitMoEError(f"--{name}.{field}: {name} has no such field; {hint}")
+    _check_known(f"--{name}.{field}", first, known)
     if "init_args" not in classes[name]:
         classes[name]["init_args"] = Namespace()
-    classes[name].init_args[field] = value
+    given = classes[name].init_args
+    kind = _dataclass_of(classes[name].class_path, first)
+    if kind is None or not (inner or isinstance(value, dict)):
+        _check_known(f"--{name}.{field}", inner or first, [] if inner else known)
+        given[field] = value
+        return
+    changes: dict[str, Any] = {inner: value}
+    if isinstance(value, dict) and not inner:
+        changes = value
+    for key in changes:
+        _check_known(f"--{name}.{field}", key, [f.name for f in dataclasses.fields(kind)])
+    before = vars(given[first]) if inner and given.get(first) else {}
+    merged = {**before, **changes}
+    kind(**merged)  # a wrong value is refused here, in its own words
+    given[first] = Namespace(merged)
+
+
+def _check_known(option: str, field: str, known: list[str]) -> None:
+    if field not in known:
+        near = difflib.get_close_matches(field, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+        raise LitMoEError(f"{option}: there is no field {field!r}; {hint}")
+
+
+def _dataclass_of(class_path: str, field: str) -> type[Any] | None:
+    """Return the dataclass that is the type of an argument of a class, None if it is none."""
+    module, _, name = class_path.rpartition(".")
+    owner = getattr(import_module(module), name)
+    kind = typing.get_type_hints(owner.__init__).get(field)
+    for candidate in (kind, *typing.get_args(kind)):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
 
 
 def one_sentence(message: str, known: list[str]) -> str:

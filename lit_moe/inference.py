@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -23,3 +26,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def body_inputs(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of what the model's body (the model without its head) takes."""
+    return frozenset(inspect.signature(model.base_model.forward).parameters)
+
+
+def run_body(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
+    """Run the model without its head, and without keeping keys and values for a generation."""
+    options = {"use_cache": False} if "use_cache" in body_inputs(model) else {}
+    return model.base_model(**inputs, **options)

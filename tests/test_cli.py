@@ -93,6 +93,30 @@ def test_a_literal_that_is_none_names_the_choices(capsys, monkeypatch):
     assert "'bfloat16'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--Refit.options.lamb=0.1", "no field 'lamb'; did you mean 'lam'?"),
+        ("--Refit.options={memory_gb: 1}", "no field 'memory_gb'; did you mean 'memory_gib'?"),
+        ("--Refit.options.lam=abc", "lam='abc' is not a number"),
+        ("--Refit.options.solver=choleski", "known: auto, joint, jacobi, gauss_seidel"),
+        ("--Refit.options.held_out=0.9", "held_out=0.9 must be in (0, 0.5]"),
+        ("--Refit.teacher=no/such/folder", "no/such/folder"),
+    ],
+)
+def test_options_of_the_refit_are_checked_on_the_command_line(
+    word, message, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sys, "argv", ["lit-moe"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    here = cli.__file__.removesuffix("lit_moe/cli.py")
+    assert cli.main(["fit", "--config", f"{here}configs/refit/refit_only.yaml", word]) == 2
+    error = capsys.readouterr().err
+    assert error.count("lit-moe: error: ") == 1
+    assert message in error
+
+
 def test_help_of_a_command_is_quick_and_names_the_keys_people_change(capsys):
     assert cli.main(["fit", "--help"]) == 0
     shown = capsys.readouterr().out

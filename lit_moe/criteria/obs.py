@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,11 +18,13 @@ from lit_moe.criteria.base import Criterion, Evidence, Need
 from lit_moe.criteria.registry import register
 from lit_moe.criteria.surgeon import Removal, as_scores, eliminate, eliminate_alone
 from lit_moe.errors import LitMoEError
-from lit_moe.inference import evaluating
-from lit_moe.stats.features import FeatureSlots, features_of
-from lit_moe.stats.grams import Gram, Piece, gated_features
+from lit_moe.inference import body_inputs, evaluating, run_body
+from lit_moe.stats.features import FeatureSlots, check_linear, features_of
+from lit_moe.stats.grams import Gram, Piece, gated_features, relative_weights
 from lit_moe.stats.layers import first_tensor, layer_of
 from lit_moe.stats.tap import TokenMask
+
+_PROBED = 16
 
 
 @register("obs")
@@ -73,6 +74,7 @@ class OBS(Criterion):
         model = evidence.require_model(self.name)
         batches = list(evidence.require_batches(self.name))
         self.curves_ = {}
+        _check_linear(model, evidence.sites, batches)
         passes = self._passes(model, evidence.sites)
         for sites in track(passes, "eliminating experts", disable=not self.progress):
             moments = _observe(model, sites, batches, self._is_joint(model, sites[0]))
@@ -100,7 +102,8 @@ class OBS(Criterion):
         used = limit
         for site in sites:
             size = _bytes(model, site, joint=self._is_joint(model, site))
-            if used + size > limit:
+            joint = self._is_joint(model, site)
+            if used + size > limit or joint != self._is_joint(model, groups[-1][0]):
                 groups.append([])
                 used = 2 * size  # inverse and factor of the one at work
             groups[-1].append(site)
@@ -116,6 +119,21 @@ class OBS(Criterion):
                 f"is {self.memory_gib:g}: raise it, or leave joint to null"
             )
         return fits if self.joint is None else self.joint
+
+
+def _check_linear(
+    model: PreTrainedModel, sites: Sequence[MoESite], batches: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse families whose experts' outputs are not linear in their features."""
+    adapter, accepted = adapter_for(model.config), body_inputs(model)
+    few = {
+        k: v[:1].to(model.device) if k == "pixel_values" else v[:1, :_PROBED].to(model.device)
+        for k, v in batches[0].items()
+        if k in accepted
+    }
+    with evaluating(model):
+        for site in sites:
+            check_linear(model, adapter, site, lambda: run_body(model, few))
 
 
 def _down(model: PreTrainedModel, site: MoESite) -> Tensor:
@@ -140,13 +158,13 @@ def _observe(
 ) -> dict[str, tuple[Gram, float]]:
     """Return the second moments of each layer and the tokens they are of. Collective."""
     mask = TokenMask()
-    accepted = inspect.signature(model.base_model.forward).parameters
+    accepted = body_inputs(model)
     with evaluating(model), ExitStack() as stack:
         watchers = {site.name: _Watcher(model, site, mask, joint, stack) for site in sites}
         for batch in batches:
             inputs = {k: v.to(model.device) for k, v in batch.items() if k in accepted}
             mask.set(inputs)
-            model.base_model(**inputs)
+            run_body(model, inputs)
     return {name: watcher.result() for name, watcher in watchers.items()}
 
 
@@ -176,7 +194,7 @@ class _Watcher:
         ids, tokens, features = gated_features(self._slots, bias=self._bias)
         self._slots = None
         stream_TH = stream.reshape(-1, stream.shape[-1])
-        weight = 1 / stream_TH.square().mean(1).clamp(min=1e-12)
+        weight = relative_weights(stream_TH)
         mask = self._mask.of(self._site)
         if mask is not None:
             weight = weight * mask

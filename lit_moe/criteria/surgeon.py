@@ -79,9 +79,12 @@ def as_scores(removals: list[Removal]) -> Tensor:
 
 
 def _inverse(matrix_NN: Tensor, penalty: float) -> Tensor:
-    penalised = matrix_NN.clone()
-    penalised.diagonal().add_(penalty)
-    return torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+    diagonal = matrix_NN.diagonal()
+    own = diagonal.clone()
+    diagonal += penalty  # in place and put back: there may be no room for a copy
+    factor = torch.linalg.cholesky(matrix_NN)
+    diagonal.copy_(own)
+    return torch.cholesky_inverse(factor)
 
 
 def _block(inverse: Tensor, expert: int, width: int) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_moe.adapters import find_sites
 from lit_moe.errors import LitMoEError
-from lit_moe.inference import evaluating
+from lit_moe.inference import body_inputs, evaluating
 from lit_moe.refit.collective import agreed, all_sum_of
 from lit_moe.refit.job import OnLayer as OnLayer
 from lit_moe.refit.job import RefitJob, Target
@@ -53,7 +53,7 @@ def refit(
             inputs, or ``pixel_values``; some ten thousand tokens, more for wide experts.
         options: see :class:`RefitOptions`.
         progress_folder: where solved layers are kept until the end, so that the same call goes on
-            after a kill.
+            after a kill; also for what exceeds the memory budget.
         on_layer: called after each layer with its name and record.
 
     Raises:
@@ -62,6 +62,8 @@ def refit(
         UnsupportedModelError: if nothing in the student can be refitted.
         CalibrationError: if there are too few rows.
     """
+    if isinstance(options, Mapping):
+        raise LitMoEError("options must be lit_moe.refit.RefitOptions(...), not a dictionary")
     options = options or RefitOptions()
     if student is teacher:
         raise LitMoEError(
@@ -69,7 +71,14 @@ def refit(
             "from before pruning (lit_moe.sharing_copy) or load the teacher from its folder"
         )
     rank, world_size = _rank(), _world_size()
-    rows = Rows(list(batches), options.held_out, student.device, rank=rank, world_size=world_size)
+    rows = Rows(
+        list(batches),
+        options.held_out,
+        student.device,
+        inputs=body_inputs(student),
+        rank=rank,
+        world_size=world_size,
+    )
     sites = find_sites(student)
     check_relatives(teacher, student, sites)
     targets, skipped = find_targets(teacher, student, sites, rows.batches[0], options)
@@ -78,7 +87,10 @@ def refit(
     report = RefitReport(options.mode, solver=f"{choice.name}: {choice.reason}", skipped=skipped)
     report.tokens, report.held_out_tokens = (all_sum_of(n) for n in rows.count_tokens())
     progress = _progress(student, teacher, rows, options, progress_folder)
-    job = RefitJob(student, teacher, targets, rows, options, choice, progress)
+    folder = None if progress_folder is None else Path(progress_folder)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    job = RefitJob(student, teacher, targets, rows, options, choice, progress, folder)
     return _judged(job, report, on_layer)
 
 
@@ -90,7 +102,8 @@ def _judged(job: RefitJob, report: RefitReport, on_layer: OnLayer | None) -> Ref
         if on_layer is not None:
             on_layer(name, record)
 
-    before = Snapshot(job.student, [target.site for target in job.targets], job.options)
+    sites = [target.site for target in job.targets]
+    before = Snapshot(job.student, sites, job.options, job.folder)
     held = job.rows.held_batches()
     report.loss_before = held_out_loss(job.student, job.teacher, held)
     try:

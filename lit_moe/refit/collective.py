@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ def all_sum(tensor: Tensor) -> Tensor:
 def from_first(tensor: Tensor) -> Tensor:
     """Collective: return rank 0's tensor, so that rounding cannot make ranks differ."""
     if dist.is_available() and dist.is_initialized():
+        tensor = tensor.contiguous()  # solvers return columns first, which NCCL refuses
         dist.broadcast(tensor, src=0)
     return tensor
 
@@ -51,3 +53,12 @@ def agreed(text: str) -> str:
     said: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(said, text)
     return hashlib.sha256("".join(said).encode()).hexdigest()[: len(text)]
+
+
+def from_first_object(value: Any) -> Any:
+    """Collective: return rank 0's value, which must be picklable."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

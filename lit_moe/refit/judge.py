@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_moe.distill.losses import next_token_nll
+from lit_moe.errors import LitMoEError
 from lit_moe.inference import evaluating
 from lit_moe.refit.collective import all_sum
 
@@ -43,13 +44,23 @@ def _is_text(model: PreTrainedModel, batch: Batch) -> bool:
 
 def _next_token(model: PreTrainedModel, batch: Batch) -> Tensor:
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    nll = next_token_nll(model(**batch).logits, batch["input_ids"], mask)
+    nll = next_token_nll(_logits(model, batch), batch["input_ids"], mask)
     count = mask[:, 1:].sum()
     return torch.stack([nll.double().sum().cpu(), count.double().cpu()])
 
 
 def _gap(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Tensor:
-    ours = F.log_softmax(model(**batch).logits.double(), -1)
-    theirs = F.log_softmax(teacher(**batch).logits.double(), -1)
+    ours = F.log_softmax(_logits(model, batch).double(), -1)
+    theirs = F.log_softmax(_logits(teacher, batch).double(), -1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1)
     return torch.stack([divergence.sum().cpu(), torch.tensor(float(divergence.numel())).double()])
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    logits = getattr(model(**batch), "logits", None)
+    if logits is None:
+        raise LitMoEError(
+            f"{type(model).__name__} has no head, so nothing says how good its predictions are; "
+            "give the whole models, for instance those of AutoModelForCausalLM"
+        )
+    return logits

@@ -72,12 +72,14 @@ class LayerProblem:
         self.pieces = PieceStore(options.feature_bytes // at_once, folder)
         self._gram: Gram | None = None
         self._target = torch.zeros(2, dtype=torch.float64)
+        self._tokens = torch.zeros((), dtype=torch.float64)
         self._count = torch.zeros(weights.size.num_experts, dtype=torch.float64)
 
     def add(self, piece: Piece, target_TH: Tensor) -> None:
         """Add one batch; ``target_TH`` is what the residual is a part of, to report fractions."""
         energy_T = target_TH.float().square().sum(1)
         self._target += torch.stack([energy_T @ piece.fit, energy_T @ piece.held]).double().cpu()
+        self._tokens += float((piece.fit > 0).sum())
         for expert, tokens, _ in piece.by_expert():
             self._count[expert] += float((piece.fit[tokens] > 0).sum())
         if self._choice.name != "gauss_seidel":
@@ -99,6 +101,8 @@ class LayerProblem:
             residual_before=self._fit_energy(None, float(target[0])),
             held_out_before=held_before,
             unrouted=[e for e, n in enumerate(count.tolist()) if n == 0],
+            tokens=int(all_sum(self._tokens)),
+            features=self._num_features(),
         )
         energy = self._energy(None, "fit") if self._keep_all else self._gram_energy()
         if not math.isfinite(energy + held_before):
@@ -110,7 +114,13 @@ class LayerProblem:
             record.kept, record.reason = True, "nothing to correct"
             record.held_out_after, record.residual_after = held_before, record.residual_before
             return None, record
-        update, record.lam, held = self._search(self._solver())
+        try:
+            update, record.lam, held = self._search(self._solver())
+        except SingularGramError as error:
+            if self._options.lam != "auto":
+                raise
+            record.reason = str(error)
+            return None, record
         record.held_out_after = held / max(float(target[1]), 1e-30)
         record.residual_after = self._fit_energy(update, float(target[0]))
         record.kept = record.held_out_after < held_before
@@ -170,6 +180,11 @@ class LayerProblem:
             return lambda lam: solve_joint(gram, lam)
         return lambda lam: solve_jacobi(gram, lam, damping)
 
+    def _num_features(self) -> int:
+        size = self._weights.size
+        alone = self._choice.name == "jacobi"
+        return size.width if alone else size.num_experts * size.width
+
     def _sums(self, piece: Piece) -> Gram:
         if self._gram is None:
             size = self._weights.size
@@ -178,7 +193,7 @@ class LayerProblem:
                 size.width,
                 size.hidden,
                 joint=self._choice.name == "joint",
-                device=piece.features.device,
+                device=piece.residual.device,
                 dtype=self._choice.dtype,
             )
         return self._gram

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_moe.inference import run_body
+
 
 class _Abandoned(BaseException):
     """Raised inside a forward that nobody waits for any more."""
@@ -57,7 +59,12 @@ class HeldForward:
         return self._event
 
     def hold(self, point: str, payload: object) -> Any:
-        """Stop here, called from inside the forward; returns the answer of :meth:`advance`."""
+        """Stop here, called from inside the forward; returns the answer of :meth:`advance`.
+
+        Called from anywhere else, by a hook that outlived its run, it does nothing.
+        """
+        if threading.current_thread() is not self._thread:
+            return None
         self._event = (point, payload)
         self._wait()
         return self._answer
@@ -124,6 +131,6 @@ def _runner(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Callable[[]
         # The current GPU, like grad mode, belongs to the thread.
         on_gpu = model.device.type == "cuda"
         with torch.cuda.device(model.device) if on_gpu else contextlib.nullcontext():
-            return model.base_model(**inputs)
+            return run_body(model, inputs)
 
     return run

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lit_moe.errors import LitMoEError
 
+Mode = Literal["sequential", "parallel"]
+Kind = Literal["stream", "block"]
+Weighting = Literal["relative", "equal"]
 Solver = Literal["auto", "joint", "jacobi", "gauss_seidel"]
 
 
@@ -26,8 +29,10 @@ class RefitOptions:
         lam: ridge penalty in units of the mean square feature, or ``auto``: chosen per layer on
             held-out tokens.
         token_weights: ``relative`` weighs each token by one over the mean square of its stream, as
-            the norm of the next layer does; ``equal`` lets tokens of extreme size decide.
-        held_out: fraction of the calibration rows that is not fitted on, in (0, 0.5].
+            the norm of the next layer does (in layers fitted to the block's output: of that
+            output); ``equal`` lets tokens of extreme size decide.
+        held_out: fraction of the calibration rows that is not fitted on, in (0, 0.5]; one in a
+            whole number of rows, so 0.4 means one in two.
         bias: refit the biases of down projections too, in families that have them.
         router: refit the routers' rows to the teacher's logits before the experts (``sequential``
             only).
@@ -38,11 +43,11 @@ class RefitOptions:
             states of waiting forwards, whose size the calibration tokens decide.
     """
 
-    mode: Literal["sequential", "parallel"] = "sequential"
-    target: Literal["stream", "block"] = "stream"
+    mode: Mode = "sequential"
+    target: Kind = "stream"
     solver: Solver = "auto"
     lam: float | Literal["auto"] = "auto"
-    token_weights: Literal["relative", "equal"] = "relative"
+    token_weights: Weighting = "relative"
     held_out: float = 0.125
     bias: bool = True
     router: bool = False
@@ -50,7 +55,8 @@ class RefitOptions:
     memory_gib: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.lam != "auto" and self.lam < 0:
+        self._check_kinds()
+        if self.lam != "auto" and not self.lam >= 0:
             raise LitMoEError(f"lam={self.lam:g} is negative; give a number >= 0 or auto")
         if not 0 < self.held_out <= 0.5:
             raise LitMoEError(f"held_out={self.held_out:g} must be in (0, 0.5], for instance 0.125")
@@ -61,6 +67,21 @@ class RefitOptions:
                 "router: true needs mode: sequential, since routers are refitted to the inputs "
                 "that the refitted layers before them give"
             )
+
+    def _check_kinds(self) -> None:
+        for name, kind in (
+            ("mode", Mode),
+            ("target", Kind),
+            ("solver", Solver),
+            ("token_weights", Weighting),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise LitMoEError(f"{name}={getattr(self, name)!r} is unknown; known: {known}")
+        for name in ("lam", "held_out", "memory_gib"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and (name, value) != ("lam", "auto"):
+                raise LitMoEError(f"{name}={value!r} is not a number")
 
     @property
     def matrix_bytes(self) -> int:

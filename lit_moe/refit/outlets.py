@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_moe.adapters.base import MoEAdapter
@@ -25,6 +24,7 @@ from lit_moe.stats.features import FeatureSlots, features_of
 from lit_moe.stats.grams import gated_features
 from lit_moe.stats.layers import first_tensor
 
+_CHANGED = 16
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
 
 
@@ -59,14 +59,15 @@ def find_outlet(
     slots: list[FeatureSlots] = []
     with features_of(model, adapter, site, slots.append), _outputs_of(model, names) as before:
         run()
-    with _changed(model, adapter, site) as change_EHI, _outputs_of(model, names) as after:
+    with _changed(model, adapter, site) as change, _outputs_of(model, names) as after:
         run()
-    expected_TH = _expected(slots[0], change_EHI)
+    expected_TR = _expected(slots[0], change.values)
     for name in names:
-        if name not in before or before[name].numel() < expected_TH.numel():
+        if name not in before or before[name].numel() < len(expected_TR) * change.hidden:
             continue
         tolerance = _TOLERANCE.get(before[name].dtype, 5e-2)
-        gain = _gain(after[name].double() - before[name].double(), expected_TH, tolerance)
+        moved = after[name].double() - before[name].double()
+        gain = _gain(moved, expected_TR, change, tolerance)
         if gain is not None:
             return Outlet(name, gain)
     raise UnsupportedModelError(
@@ -93,37 +94,59 @@ def _outputs_of(model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[s
             hook.remove()
 
 
+@dataclass(frozen=True)
+class _Change:
+    """A change of a few rows of the down projections, made to see where it comes out.
+
+    Attributes:
+        rows: which of the hidden dimensions, shape ``(R,)``.
+        values: what was added to them, shape ``(E, R, I)``.
+        hidden: hidden size.
+    """
+
+    rows: Tensor
+    values: Tensor
+    hidden: int
+
+
 @contextlib.contextmanager
-def _changed(model: PreTrainedModel, adapter: MoEAdapter, site: MoESite) -> Iterator[Tensor]:
-    """Hold random numbers in the place of the down projections; gives the change ``(E, H, I)``."""
+def _changed(model: PreTrainedModel, adapter: MoEAdapter, site: MoESite) -> Iterator[_Change]:
+    """Hold random numbers in a few rows of the down projections."""
     own = adapter.expert_weights(model, site)["down"].clone()
+    hidden = own.shape[1]
     generator = torch.Generator().manual_seed(0)
-    other = torch.randn(own.shape, generator=generator).to(own) * own.float().std().to(own)
+    rows = torch.randperm(hidden, generator=generator)[:_CHANGED].to(own.device)
+    noise = torch.randn((len(own), len(rows), own.shape[2]), generator=generator).to(own)
+    before = own[:, rows]
+    other = own.clone()
+    other[:, rows] = noise * before.float().std().to(own)
+    change = other[:, rows].double() - before.double()
     adapter.set_expert_weights_(model, site, {"down": other})
+    del other
     try:
-        yield other.double() - own.double()
+        yield _Change(rows, change, hidden)
     finally:
         adapter.set_expert_weights_(model, site, {"down": own})
 
 
-def _expected(slots: FeatureSlots, change_EHI: Tensor) -> Tensor:
-    """Return what a change of the down projections ought to add to each token, ``(T, H)``."""
+def _expected(slots: FeatureSlots, change_ERI: Tensor) -> Tensor:
+    """Return what a change of the down projections ought to add to each token, ``(T, R)``."""
     expert_ids, token_ids, features = gated_features(slots, bias=False)
-    added = change_EHI.new_zeros(int(token_ids.max()) + 1, change_EHI.shape[1])
+    added = change_ERI.new_zeros(int(token_ids.max()) + 1, change_ERI.shape[1])
     for expert in expert_ids.unique().tolist():
         mine = expert_ids == expert
-        added.index_add_(0, token_ids[mine], features[mine].double() @ change_EHI[expert].T)
+        added.index_add_(0, token_ids[mine], features[mine].double() @ change_ERI[expert].T)
     return added
 
 
-def _gain(change: Tensor, expected_TH: Tensor, tolerance: float) -> float | None:
-    """Return ``change / expected``, None if that is no constant."""
-    tokens, hidden = expected_TH.shape
-    if change.numel() % hidden:
+def _gain(moved: Tensor, expected_TR: Tensor, change: _Change, tolerance: float) -> float | None:
+    """Return what moved over what was expected to, None if that is no constant."""
+    if moved.numel() % change.hidden:
         return None
-    change_TH = change.reshape(-1, hidden)
+    moved_TH = moved.reshape(-1, change.hidden)
     # Tokens at the end that no routed expert serves have no slot.
-    expected_TH = F.pad(expected_TH, (0, 0, 0, len(change_TH) - tokens))
-    gain = float((change_TH * expected_TH).sum() / expected_TH.square().sum().clamp(min=1e-300))
-    error = float((change_TH - gain * expected_TH).norm() / change_TH.norm().clamp(min=1e-300))
+    expected_TH = torch.zeros_like(moved_TH)
+    expected_TH[: len(expected_TR), change.rows] = expected_TR
+    gain = float((moved_TH * expected_TH).sum() / expected_TH.square().sum().clamp(min=1e-300))
+    error = float((moved_TH - gain * expected_TH).norm() / moved_TH.norm().clamp(min=1e-300))
     return gain if error < tolerance and gain != 0 else None

@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_moe.adapters import adapter_for
+from lit_moe.inference import run_body
 from lit_moe.refit.job import OnLayer, RefitJob, Target
 from lit_moe.refit.layer import LayerProblem
 from lit_moe.refit.report import LayerRefit
 from lit_moe.refit.weights import DownProjections
 from lit_moe.stats.features import FeatureSlots, features_of
-from lit_moe.stats.grams import Piece, gated_features
+from lit_moe.stats.grams import Piece, gated_features, relative_weights
 from lit_moe.stats.layers import first_tensor, layer_of
 
 
@@ -49,7 +50,7 @@ class ParallelRefit:
         with self._collecting(missing):
             for index, batch in enumerate(self._rows.batches if missing else ()):
                 self._index = index
-                self._teacher.base_model(**batch)
+                run_body(self._teacher, batch)
         for target in self._targets:
             name = target.site.name
             update, record = done[name] or self._solve(target)
@@ -60,6 +61,7 @@ class ParallelRefit:
     def _solve(self, target: Target) -> tuple[Tensor | None, LayerRefit]:
         problem = self._problems.pop(target.site.name)
         update, record = problem.solve()
+        update = None if update is None else update.float()  # as it is kept on disk
         problem.pieces.clear()
         record.target = target.kind
         self._progress.save(target.site.name, update, record)
@@ -91,8 +93,8 @@ class ParallelRefit:
         fit, held = self._rows.weights(self._index, target.site, len(wanted_TH))
         if self._options.token_weights == "relative":
             # Some families carry several streams per token.
-            size_T = stream.float().reshape(len(wanted_TH), -1).square().mean(1).clamp(min=1e-12)
-            fit, held = fit / size_T, held / size_T
+            weight = relative_weights(stream.reshape(len(wanted_TH), -1))
+            fit, held = fit * weight, held * weight
         residual_TH = (wanted_TH - given_TH) / target.scale
         piece = Piece(expert_ids, token_ids, features, residual_TH, fit, held)
         self._problems[target.site.name].add(piece, wanted_TH / target.scale)

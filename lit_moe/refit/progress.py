@@ -50,7 +50,7 @@ class Progress:
         text = json.dumps(dataclasses.asdict(record)).encode()
         tensors = {"record": _bytes(text)}
         if update is not None:
-            tensors["update"] = update.cpu().contiguous()
+            tensors["update"] = update.float().cpu().contiguous()
         unfinished = self._path(name).with_suffix(".unfinished")
         save_file(tensors, unfinished)
         os.replace(unfinished, self._path(name))
@@ -73,17 +73,18 @@ def signature_of(
     batches: Sequence[Mapping[str, Tensor]],
     options: RefitOptions,
 ) -> str:
-    """Return a hash of both models' weights, the tokens, and the options."""
+    """Return a hash of both models' configs and weights, the tokens in order, and the options."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(options), sort_keys=True).encode())
     for model in (student, teacher):
+        config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+        digest.update(config.encode())
         for name, tensor in model.state_dict().items():
             total = tensor.sum(dtype=torch.float64).item()
             digest.update(f"{name} {tuple(tensor.shape)} {total!r}".encode())
     for batch in batches:
         for name, value in batch.items():
-            digest.update(
-                f"{name} {tuple(value.shape)} {value.sum(dtype=torch.float64).item()!r}".encode()
-            )
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_moe.adapters import adapter_for
+from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import LitMoEError, UnsupportedModelError
-from lit_moe.inference import evaluating
+from lit_moe.inference import evaluating, run_body
+from lit_moe.refit.collective import from_first_object
 from lit_moe.refit.job import Target
 from lit_moe.refit.options import RefitOptions
 from lit_moe.refit.outlets import find_outlet
@@ -32,6 +33,7 @@ def check_relatives(
     Raises:
         LitMoEError: naming the first thing that differs.
     """
+    _check_not_swapped(teacher, sites)
     ours, theirs = (_embedding(model) for model in (student, teacher))
     if ours is not None and theirs is not None and ours.shape != theirs.shape:
         raise LitMoEError(
@@ -49,6 +51,21 @@ def check_relatives(
                 )
     if ours is not None and theirs is not None:
         _check_not_strangers(ours, theirs)
+
+
+def _check_not_swapped(teacher: PreTrainedModel, sites: Sequence[MoESite]) -> None:
+    """Refuse a teacher with fewer experts than the student; a dense teacher has none to count."""
+    try:
+        theirs = {site.name: site.num_experts for site in find_sites(teacher)}
+    except LitMoEError:
+        return
+    for site in sites:
+        if theirs.get(site.name, site.num_experts) < site.num_experts:
+            raise LitMoEError(
+                f"the teacher has {theirs[site.name]} experts in {site.name} and the student "
+                f"{site.num_experts}: are the two swapped? refit(student, teacher, batches) "
+                "changes the first"
+            )
 
 
 def is_unchanged(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
@@ -81,14 +98,27 @@ def find_targets(
     batch: dict[str, Tensor],
     options: RefitOptions,
 ) -> tuple[list[Target], dict[str, str]]:
-    """Return where each layer is compared, in running order, and why others cannot be refitted.
+    """Collective: return where each layer is compared, in order, and why others are left out.
 
-    Probes the student on a few tokens: are experts' outputs linear in their features, where does
-    their sum show, and what does it do to the stream?
+    Rank 0 decides. Probes the student on a few tokens: are experts' outputs linear in their
+    features, where does their sum show, and what does it do to the stream?
 
     Raises:
         UnsupportedModelError: if no layer can be refitted.
     """
+    targets, skipped = from_first_object(_probe(teacher, student, sites, batch, options))
+    if not targets:
+        raise UnsupportedModelError("; ".join(skipped.values()))
+    return targets, skipped
+
+
+def _probe(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    sites: Sequence[MoESite],
+    batch: dict[str, Tensor],
+    options: RefitOptions,
+) -> tuple[list[Target], dict[str, str]]:
     adapter = adapter_for(student.config)
     few = _few(batch)
     targets: dict[str, Target] = {}
@@ -96,8 +126,8 @@ def find_targets(
     with evaluating(student), evaluating(teacher):
         for site in sites:
             try:
-                check_linear(student, adapter, site, lambda: student.base_model(**few))
-                outlet = find_outlet(student, adapter, site, lambda: student.base_model(**few))
+                check_linear(student, adapter, site, lambda: run_body(student, few))
+                outlet = find_outlet(student, adapter, site, lambda: run_body(student, few))
             except UnsupportedModelError as error:
                 skipped[site.name] = str(error)
                 continue
@@ -108,8 +138,6 @@ def find_targets(
             del targets[name]
             skipped[name] = reason
         order = _order(student, [target.module for target in targets.values()], few)
-    if not targets:
-        raise UnsupportedModelError("; ".join(skipped.values()))
     return sorted(targets.values(), key=lambda target: order.index(target.module)), skipped
 
 
@@ -150,7 +178,7 @@ def _order(model: PreTrainedModel, modules: Sequence[str], inputs: dict[str, Ten
         if name in there
     ]
     try:
-        model.base_model(**inputs)
+        run_body(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

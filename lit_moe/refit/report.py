@@ -20,6 +20,9 @@ class LayerRefit:
         kept: whether the refit was taken; a layer is left as it was when held-out tokens disagree.
         reason: why it was left as it was.
         unrouted: experts that saw no token of the fit; left as they were.
+        tokens: of the fit, on all ranks.
+        features: unknowns per output: of all experts together, or of one where experts are solved
+            one by one without each other.
     """
 
     solver: str = ""
@@ -32,6 +35,8 @@ class LayerRefit:
     kept: bool = False
     reason: str = ""
     unrouted: list[int] = field(default_factory=list)
+    tokens: int = 0
+    features: int = 0
 
 
 @dataclass
@@ -40,6 +45,7 @@ class RefitReport:
 
     Attributes:
         mode: ``sequential`` or ``parallel``.
+        teacher: what was imitated.
         tokens: fitted on, padding excluded.
         held_out_tokens: kept apart to choose penalties and to judge.
         solver: which one and why.
@@ -52,6 +58,7 @@ class RefitReport:
     """
 
     mode: str
+    teacher: str = "the model before it was changed"
     tokens: int = 0
     held_out_tokens: int = 0
     solver: str = ""
@@ -74,6 +81,13 @@ class RefitReport:
             for name, layer in self.layers.items()
             if layer.unrouted
         ]
+        short = [layer for layer in self.layers.values() if layer.tokens < layer.features]
+        if short:
+            said.append(
+                f"{len(short)} layers have more features (up to {max(s.features for s in short)}) "
+                f"than tokens to fit them on ({min(s.tokens for s in short)}); the penalty decides "
+                "what the tokens leave open, and more calibration text would help"
+            )
         if not self.kept:
             said.append(
                 f"the refit was undone: it raised the held-out loss from {self.loss_before:.4g} to "

@@ -55,12 +55,15 @@ def choose_penalty(loss: Callable[[float], float], *, start: float = 1e-2) -> fl
     """Return the penalty with the least held-out loss, by walking downhill from ``start``.
 
     The loss is a smooth function of the penalty with one valley in practice; it is evaluated at
-    powers of ``sqrt(10)``, each once.
+    powers of ``sqrt(10)``, each once; infinite where a system is singular.
 
     >>> round(choose_penalty(lambda lam: abs(math.log10(lam))), 6)
     1.0
     """
     best, best_loss = start, loss(start)
+    while best_loss == math.inf and best * STEP <= LARGEST:  # singular: only more helps
+        best *= STEP
+        best_loss = loss(best)
     for factor in (STEP, 1 / STEP):
         lam = best * factor
         moved = False

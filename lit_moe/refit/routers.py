@@ -9,6 +9,7 @@ T tokens, E experts of the student, N of the teacher, H hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +18,9 @@ from transformers import PreTrainedModel
 
 from lit_moe.adapters import adapter_for
 from lit_moe.adapters.site import MoESite
-from lit_moe.refit.collective import all_sum, from_first
+from lit_moe.refit.collective import all_sum, from_first, on_all_ranks
 from lit_moe.refit.report import LayerRefit
-from lit_moe.refit.ridge import cholesky, choose_penalty
+from lit_moe.refit.ridge import SingularGramError, cholesky, choose_penalty
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
@@ -71,11 +72,18 @@ class RouterProblem:
         tried: dict[float, tuple[Tensor, float]] = {}
 
         def loss(lam: float) -> float:
-            solution = torch.cholesky_solve(cross, cholesky(matrix, lam, unit))
-            tried[lam] = (from_first(solution), self._held(solution))
+            try:
+                solution = torch.cholesky_solve(cross, cholesky(matrix, lam, unit))
+            except SingularGramError:
+                return math.inf
+            solution = from_first(solution)
+            tried[lam] = (solution, self._held(solution))
             return tried[lam][1]
 
         record.lam = choose_penalty(loss)
+        if record.lam not in tried:
+            record.lam, record.reason = None, "its inputs give a singular system"
+            return None, record
         update_HE, record.held_out_after = tried[record.lam]
         if not record.held_out_after < record.held_out_before:
             record.reason = "the logits of held-out tokens did not come closer to the teacher's"
@@ -89,11 +97,11 @@ class RouterProblem:
         inputs_TH, before_TE = self._look(args)
         own = self._rows.detach().clone()
         with torch.no_grad():
-            self._rows.add_(update_EH.to(self._rows.dtype))
+            self._rows.add_(update_EH.to(self._rows))
         expected = inputs_TH @ (self._rows - own).float().T
         change = self._look(args)[1] - before_TE
         error = float((change - expected).norm() / expected.norm().clamp(min=1e-30))
-        if error > _TOLERANCE.get(own.dtype, 5e-2):
+        if not on_all_ranks(error <= _TOLERANCE.get(own.dtype, 5e-2)):
             with torch.no_grad():
                 self._rows.copy_(own)
             return False

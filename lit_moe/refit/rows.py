@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import CalibrationError
+from lit_moe.refit.collective import all_sum_of, on_all_ranks
 
 Batch = Mapping[str, Tensor]
 MODEL_INPUTS = (
@@ -23,18 +25,21 @@ MODEL_INPUTS = (
 class Rows:
     """The calibration rows of this rank, a part of them held out.
 
-    Rows are dealt to ranks in turn, so that the held-out rows are the same ones on any number of
-    ranks: every ``1 / held_out``-th row of all.
+    Rows are dealt to ranks in turn. Of every ``1 / held_out`` consecutive rows of all, one is held
+    out, at a place drawn at random (seeded): the same rows on any number of ranks, and all domains
+    of a text that deals its domains in turn.
 
     Args:
-        batches: keyword arguments of the model; other keys are left out.
+        batches: keyword arguments of the model.
+        inputs: names that the model's body accepts; other keys of a batch are left out.
         held_out: fraction of the rows to hold out.
         device: where the batches go.
         rank: of this process.
         world_size: number of processes.
 
     Raises:
-        CalibrationError: if there is no batch, or too few rows to hold one out.
+        CalibrationError: on all ranks, if one has no batch or there are too few rows to hold one
+            out.
     """
 
     def __init__(
@@ -43,28 +48,27 @@ class Rows:
         held_out: float,
         device: torch.device,
         *,
+        inputs: Collection[str] = MODEL_INPUTS,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.batches = [
-            {k: b[k].to(device) for k in MODEL_INPUTS if isinstance(b.get(k), Tensor)}
-            for b in batches
+            {k: v.to(device) for k, v in batch.items() if k in inputs and isinstance(v, Tensor)}
+            for batch in batches
         ]
-        if not self.batches:
+        if not on_all_ranks(bool(self.batches)):
             raise CalibrationError("there is no calibration batch; give at least one per rank")
-        every = max(2, round(1 / held_out))
-        self._held: list[Tensor] = []
-        start = 0
-        for batch in self.batches:
-            num = len(next(iter(batch.values())))
-            index = (torch.arange(start, start + num) * world_size + rank).to(device)
-            self._held.append(index % every == every - 1)
-            start += num
-        if start * world_size < every:
+        every = max(2, math.floor(1 / held_out))
+        counts = [len(next(iter(batch.values()))) for batch in self.batches]
+        total = all_sum_of(sum(counts))
+        if total < every:
             raise CalibrationError(
-                f"{start * world_size} calibration rows are too few to hold out one in {every}: "
+                f"{total} calibration rows are too few to hold out one in {every}: "
                 "give more rows, or shorter ones"
             )
+        mine = torch.arange(sum(counts)) * world_size + rank
+        is_held = mine % every == _places(1 + int(mine.max()) // every, every)[mine // every]
+        self._held = list(is_held.to(device).split(counts))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -107,3 +111,14 @@ class Rows:
         is_decoder = "decoder_input_ids" in batch and site.name.split(".")[0] != "encoder"
         mask = batch.get("decoder_attention_mask" if is_decoder else "attention_mask")
         return None if mask is None else mask.reshape(-1).bool()
+
+
+def _places(num_windows: int, every: int) -> Tensor:
+    """Return which row of each window of rows is held out, shape ``(num_windows,)``.
+
+    Every place comes once in ``every`` windows. The seed was chosen so that texts of 2 to 10
+    domains dealt in turn have each among their held-out rows as soon as there is room.
+    """
+    generator = torch.Generator().manual_seed(1)
+    rounds = [torch.randperm(every, generator=generator) for _ in range(-(-num_windows // every))]
+    return torch.cat(rounds)[:num_windows]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_moe.refit.collective import all_sum
+from lit_moe.refit.collective import all_sum, from_first
 from lit_moe.refit.masked import solve_masked
 from lit_moe.refit.ridge import cholesky
 from lit_moe.stats.grams import Piece
@@ -41,7 +41,7 @@ class GaussSeidel:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         self._pieces, self._support, self._keep = pieces, support_EDH, keep_blocks
-        device = pieces[0].features.device
+        device = pieces[0].residual.device
         self._solution = torch.zeros(shape, dtype=dtype, device=device)
         self._blocks: dict[int, Tensor] = {}
         self.unit = self._mean_diagonal()
@@ -54,7 +54,7 @@ class GaussSeidel:
             for expert in range(len(self._solution)):
                 self._step(expert, lam, residuals)
             change = (self._solution - before).norm() / self._solution.norm().clamp(min=1e-30)
-            if change < TOLERANCE:
+            if float(from_first(change)) < TOLERANCE:
                 break
         return self._solution.clone()
 

@@ -23,7 +23,7 @@ from lit_moe.refit.report import LayerRefit
 from lit_moe.refit.routers import RouterProblem
 from lit_moe.refit.weights import DownProjections
 from lit_moe.stats.features import FeatureSlots, features_of
-from lit_moe.stats.grams import Piece, gated_features
+from lit_moe.stats.grams import Piece, gated_features, relative_weights
 from lit_moe.stats.layers import first_tensor, with_first_tensor
 
 _ROUTER = "router of "
@@ -38,9 +38,15 @@ class SequentialRefit:
         self._options, self._progress = job.options, job.progress
         self._targets = {target.site.name: target for target in job.targets}
         self._slots: dict[int, FeatureSlots] = {}
+        modules = dict(job.teacher.named_modules())
+        wanted = job.targets if job.options.router else ()
+        self._routed = [target for target in wanted if target.site.router in modules]
 
     def run(self, on_layer: OnLayer) -> None:
         """Refit all layers; ``on_layer(name, record)`` after each."""
+        if self._options.router and len(self._routed) < len(self._targets):
+            reason = "the teacher has no router there"
+            on_layer("routers", LayerRefit(target="router logits", reason=reason))
         teacher = Lockstep(self._teacher, self._rows.batches)
         student = Lockstep(self._student, self._rows.batches)
         try:
@@ -122,7 +128,7 @@ class SequentialRefit:
         wanted_TH, given_TH = (x.reshape(-1, hidden).float() for x in (wanted, given))
         fit, held = self._rows.weights(index, target.site, len(given_TH))
         if self._options.token_weights == "relative":
-            weight = 1 / wanted_TH.square().mean(1).clamp(min=1e-12)
+            weight = relative_weights(wanted_TH)
             fit, held = fit * weight, held * weight
         residual = (wanted_TH - given_TH) / target.scale
         return Piece(expert_ids, token_ids, features, residual, fit, held), wanted_TH / target.scale
@@ -132,6 +138,7 @@ class SequentialRefit:
         done = self._progress.load(name)
         if done is None:
             update, record = problem.solve()
+            update = None if update is None else update.float()  # as it is kept on disk
             record.target = target.kind
             self._progress.save(name, update, record)
         else:
@@ -146,7 +153,7 @@ class SequentialRefit:
         """Return the outputs of the refitted layer, without running it again."""
         corrected: list[Tensor | None] = []
         for piece, output in zip(problem.pieces, outputs, strict=True):
-            added = piece.predict(update.to(piece.features)) * target.scale
+            added = piece.predict(update) * target.scale
             corrected.append(output + added.reshape(output.shape).to(output.dtype))
         return corrected
 
@@ -161,35 +168,22 @@ class SequentialRefit:
 
             return hook
 
-        hooks = [
-            model.get_submodule(target.module).register_forward_hook(hook_for(name))
-            for name, target in self._targets.items()
-        ]
-        if self._options.router:
-            hooks += self._router_hooks(model, lockstep)
-        try:
+        with contextlib.ExitStack() as stack:
+            for name, target in self._targets.items():
+                module = model.get_submodule(target.module)
+                stack.callback(module.register_forward_hook(hook_for(name)).remove)
+            for target in self._routed:
+                stack.callback(self._hold_router(model, lockstep, target).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _router_hooks(self, model: PreTrainedModel, lockstep: Lockstep) -> list[RemovableHandle]:
-        """Hold the student before its routers, and the teacher behind them."""
-
-        def before(name: str) -> Callable[[nn.Module, Any], None]:
-            return lambda _, args: lockstep.hold(name, args)
-
-        def behind(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            return lambda _, __, output: lockstep.hold(name, output)
-
-        hooks = []
-        for target in self._targets.values():
-            name, router = _ROUTER + target.site.name, model.get_submodule(target.site.router)
-            if model is self._student:
-                hooks.append(router.register_forward_pre_hook(before(name)))
-            else:
-                hooks.append(router.register_forward_hook(behind(name)))
-        return hooks
+    def _hold_router(
+        self, model: PreTrainedModel, lockstep: Lockstep, target: Target
+    ) -> RemovableHandle:
+        """Hold the student before a router, the teacher behind it."""
+        name, router = _ROUTER + target.site.name, model.get_submodule(target.site.router)
+        if model is self._student:
+            return router.register_forward_pre_hook(lambda _, args: lockstep.hold(name, args))
+        return router.register_forward_hook(lambda _, __, output: lockstep.hold(name, output))
 
     @contextlib.contextmanager
     def _observed(self, student: Lockstep) -> Iterator[None]:

@@ -48,10 +48,6 @@ class PieceStore:
             self._held += size
         self._pieces.append(piece)
 
-    def replace_residual(self, index: int, residual: Tensor) -> None:
-        """Put another residual into one piece."""
-        self._pieces[index] = dataclasses.replace(self._pieces[index], residual=residual)
-
     def clear(self) -> None:
         """Forget all pieces and remove what was on disk."""
         self._pieces.clear()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_moe.adapters.site import MoESite
+from lit_moe.inference import run_body
 from lit_moe.stats.layers import first_tensor, layer_of, with_first_tensor
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -84,7 +85,7 @@ def _layer_output(
         model.get_submodule(layer).register_forward_hook(on_layer),
     ]
     try:
-        model.base_model(**inputs)
+        run_body(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

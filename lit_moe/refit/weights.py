@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,8 +55,9 @@ class DownProjections:
         """Add an update ``(E, D, H)``; the sum is rounded once, to the weights' dtype."""
         values = self.read()
         width = values["down"].shape[2]
-        for expert, update_DH in enumerate(update_EDH.double()):
+        for expert, own_DH in enumerate(update_EDH):
             down = values["down"][expert]
+            update_DH = own_DH.to(down.device, torch.float64)
             down.copy_(down.double() + update_DH[:width].T)
             if self.has_bias:
                 bias = values["down_bias"][expert]
@@ -73,7 +75,7 @@ class DownProjections:
         self._adapter.set_expert_weights_(self._model, self._site, values)
 
     def _support(self, down_EHI: Tensor, options: RefitOptions) -> Tensor | None:
-        zeros = float((down_EHI == 0).double().mean())
+        zeros = 1 - int(torch.count_nonzero(down_EHI)) / down_EHI.numel()
         if not options.keep_zeros or zeros < _SPARSE:
             return None
         support = (down_EHI != 0).transpose(1, 2)
@@ -89,10 +91,15 @@ class Snapshot:
         model: the smaller model.
         sites: its layers that are refitted.
         options: what may be held in memory.
+        folder: for what may not; None for the system's temporary folder.
     """
 
     def __init__(
-        self, model: PreTrainedModel, sites: Sequence[MoESite], options: RefitOptions
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[MoESite],
+        options: RefitOptions,
+        folder: Path | None = None,
     ) -> None:
         adapter = adapter_for(model.config)
         self._rows = [adapter.router_weight(model, s) for s in sites] if options.router else []
@@ -101,7 +108,7 @@ class Snapshot:
         self._values: dict[str, dict[str, Tensor]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if sum(down.bytes for down in self._down.values()) > options.undo_bytes:
-            self._folder = tempfile.TemporaryDirectory(prefix="lit-moe-refit-")
+            self._folder = tempfile.TemporaryDirectory(prefix="lit-moe-refit-", dir=folder)
         for name, down in self._down.items():
             if self._folder is None:
                 self._values[name] = down.read()
@@ -127,8 +134,19 @@ def own_down_projections(
     student: PreTrainedModel, teacher: PreTrainedModel, sites: Sequence[MoESite]
 ) -> None:
     """Give the student memory of its own for what will change, where it shares the teacher's."""
-    shared = {parameter.data_ptr() for parameter in teacher.parameters()}
+    adapter = adapter_for(student.config)
+    shared = {_memory(parameter) for parameter in teacher.parameters()}
     for site in sites:
-        for parameter in student.get_submodule(site.name).parameters():
-            if parameter.data_ptr() in shared and parameter.ndim >= 2:
-                parameter.data = parameter.data.clone()
+        weights = adapter.expert_weights(student, site)
+        changing = {_memory(weights[n]) for n in ("down", "down_bias") if n in weights}
+        changing.add(_memory(adapter.router_weight(student, site)))
+        stacked = changing & shared
+        for module in {student.get_submodule(site.experts), student.get_submodule(site.router)}:
+            for parameter in module.parameters():
+                # Families with a module per expert give copies, so all their matrices count.
+                if _memory(parameter) in (stacked or shared):
+                    parameter.data = parameter.data.clone()
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -101,8 +101,9 @@ def _refit(report: RunReport) -> str:
     lines = [
         f"- {refit.mode}, solver {refit.solver}",
         f"- fitted on {refit.tokens:,} tokens, judged on {refit.held_out_tokens:,} others",
-        f"- their loss: {_number(refit.loss_before)} before, {_number(refit.loss_after)} after"
-        + ("" if refit.kept else "; undone"),
+        f"- teacher: {refit.teacher}",
+        f"- loss on those others (nats per token): {refit.loss_before or 0:.5g} without the refit, "
+        f"{refit.loss_after or 0:.5g} with it" + ("" if refit.kept else "; undone"),
         "- residuals: what is missing of the teacher's output, as a fraction of its energy",
     ]
     return "## Refit\n\n" + "\n".join(lines) + "\n\n" + _table(head, rows)

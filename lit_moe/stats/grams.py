@@ -43,7 +43,8 @@ class Piece:
     def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return the tokens ``(S_e,)`` and features ``(S_e, D)`` of one expert."""
         start, stop = (int(torch.searchsorted(self.expert_ids, e)) for e in (expert, expert + 1))
-        return self.token_ids[start:stop], self.features[start:stop]
+        features = self.features[start:stop].to(self.residual.device)  # they may lie on disk
+        return self.token_ids[start:stop], features
 
     def by_expert(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield expert id, tokens and features of each expert that has some."""
@@ -59,7 +60,7 @@ class Piece:
         return Piece(
             self.expert_ids[mine],
             new_id[self.token_ids[mine]],
-            self.features[mine],
+            self.features[mine.to(self.features.device)],
             self.residual[tokens],
             self.fit[tokens],
             self.held[tokens],
@@ -69,7 +70,7 @@ class Piece:
         """Return what an update of the down projections adds to each token, shape ``(T, H)``."""
         added = torch.zeros_like(self.residual)
         for expert, tokens, features in self.by_expert():
-            added.index_add_(0, tokens, features @ update_EDH[expert].to(features.dtype))
+            added.index_add_(0, tokens, features @ update_EDH[expert].to(features))
         return added
 
 
@@ -87,6 +88,19 @@ def gated_features(slots: FeatureSlots, *, bias: bool) -> tuple[Tensor, Tensor, 
     if bias:
         features = torch.cat([features, gates], dim=1)
     return slots.expert_ids[order], slots.token_ids[order], features
+
+
+def relative_weights(outputs_TH: Tensor) -> Tensor:
+    """Return one over the mean square of each token's output, as a norm behind it would weigh it.
+
+    Tokens far smaller than their fellows (a hundredth of the mean square) count no more than those:
+    where a block serves a token with no expert its output is 0.
+
+    Returns:
+        Shape ``(T,)``, float32.
+    """
+    size_T = outputs_TH.float().square().mean(1)
+    return 1 / size_T.clamp(min=max(1e-2 * float(size_T.mean()), 1e-12))
 
 
 class Gram:

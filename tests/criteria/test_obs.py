@@ -36,27 +36,28 @@ def least_cost(matrix, weights, removed, penalty):
 
 
 def test_costs_are_those_of_the_best_weights_without_the_experts(layer):
-    removals = eliminate(*layer, penalty=0.5)
+    removals = eliminate(layer[0], layer[1], penalty=0.5)
     total = 0.0
     for step, (_, cost) in enumerate(removals):
         total += cost
         removed = [r.expert for r in removals[: step + 1]]
-        assert total == pytest.approx(least_cost(*layer, removed, 0.5), rel=1e-9)
+        assert total == pytest.approx(least_cost(layer[0], layer[1], removed, 0.5), rel=1e-9)
 
 
 def test_the_cheapest_expert_goes_first_at_every_step(layer):
-    removals = eliminate(*layer, penalty=0.5)
-    gone = []
+    removals = eliminate(layer[0], layer[1], penalty=0.5)
+    gone: list[int] = []
     for expert, _ in removals:
         left = [e for e in range(EXPERTS) if e not in gone]
-        costs = {e: least_cost(*layer, [*gone, e], 0.5) for e in left}
+        costs = {e: least_cost(layer[0], layer[1], [*gone, e], 0.5) for e in left}
         assert expert == min(costs, key=lambda e: costs[e])
         gone.append(expert)
 
 
 def test_of_two_experts_alike_one_is_cheap_and_then_the_other_is_dear(layer):
-    removals = eliminate(*layer, penalty=1e-3)
-    alone = dict(eliminate_alone(*as_blocks(layer), penalty=1e-3))
+    removals = eliminate(layer[0], layer[1], penalty=1e-3)
+    blocks, weights = as_blocks(layer)
+    alone = dict(eliminate_alone(blocks, weights, penalty=1e-3))
     first, other = [r for r in removals if r.expert in (0, 2)]
     assert removals[0] == first
     assert first.cost < 0.1 * alone[first.expert]

@@ -7,6 +7,7 @@ import copy
 import torch
 
 from lit_moe.adapters import adapter_for, find_sites
+from lit_moe.refit.rows import Rows
 from lit_moe.surgery import shrink
 from lit_moe.testing import example_inputs, random_plan, tiny_moe
 
@@ -77,3 +78,12 @@ def assert_same_state(model, state, *, but=()):
 def logits_of(model, batch):
     """Return the logits on one batch."""
     return model(**batch).logits
+
+
+def held_rows(num_rows, held_out=0.125):
+    """Return a mask of the rows that a refit on one rank holds out."""
+    batch = {"input_ids": torch.arange(num_rows)[:, None]}
+    (held,) = Rows([batch], held_out, torch.device("cpu"), inputs=set(batch)).held_batches()
+    mask = torch.zeros(num_rows, dtype=torch.bool)
+    mask[held["input_ids"][:, 0]] = True
+    return mask

@@ -16,6 +16,7 @@ from tests.refit.models import (
     downs_of,
     half_of,
     halved,
+    held_rows,
     logits_of,
     scrambled,
     state_of,
@@ -88,7 +89,7 @@ def test_a_refit_that_raises_the_held_out_loss_is_undone_bit_for_bit_and_says_so
 def test_a_refit_that_lowers_the_held_out_loss_is_taken(mode):
     teacher, student = half_of("mixtral")
     text = spoken_by(teacher, rows=64, length=16)
-    held = [{k: v[7::8] for k, v in text[0].items()}]
+    held = [{k: v[held_rows(64)] for k, v in text[0].items()}]
     before = held_out_loss(student, teacher, held)
     report: Any = refit(student, teacher, text, RefitOptions(mode=mode))
     assert report.kept

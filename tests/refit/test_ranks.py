@@ -1,5 +1,7 @@
 """Two processes with half of the rows each give the weights of one process."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from lit_moe.refit import RefitOptions, refit
 from lit_moe.refit.layer import LayerProblem
 from lit_moe.refit.rows import Rows
 from lit_moe.testing import run_distributed, tiny_moe
-from tests.refit.models import downs_of, half_of, text_for
+from tests.refit.models import downs_of, half_of, held_rows, text_for
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.distributed
@@ -65,16 +67,23 @@ def test_the_held_out_rows_are_the_same_on_any_number_of_ranks(held_out, world_s
     model = tiny_moe("mixtral")
     batches = text_for(model, rows=30)
 
-    def held(shares, world_size):
-        found = []
-        for rank, share in enumerate(shares):
-            rows = Rows(share, held_out, CPU, rank=rank, world_size=world_size)
-            found += [row for b in rows.held_batches() for row in b["input_ids"].tolist()]
-        return sorted(found)
+    def held(rank, world_size):
+        share = share_of(batches, rank, world_size)
+        rows = Rows(share, held_out, CPU, rank=rank, world_size=world_size)
+        return [row for b in rows.held_batches() for row in b["input_ids"].tolist()]
 
-    alone = held([batches], 1)
-    assert len(alone) == 30 // round(1 / held_out)
-    assert held([share_of(batches, r, world_size) for r in range(world_size)], world_size) == alone
+    alone = held(0, 1)
+    assert len(alone) in (30 // round(1 / held_out), 30 // round(1 / held_out) + 1)
+    shares = run_distributed(lambda rank: held(rank, world_size), world_size)
+    assert sorted(itertools.chain(*shares)) == sorted(alone)
+
+
+@pytest.mark.parametrize("num_domains", [2, 4, 6, 8])
+def test_no_domain_of_a_text_that_deals_them_in_turn_is_left_out(num_domains):
+    domains = torch.arange(128) % num_domains
+    held = torch.bincount(domains[held_rows(128)], minlength=num_domains)
+    assert int(held.sum()) == 16
+    assert int(held.min()) > 0
 
 
 def test_two_ranks_go_on_where_they_were_killed(tmp_path, no_judge):
@@ -132,7 +141,13 @@ def downs_after(rank, teacher, batches):
     return downs_of(student)
 
 
-def test_rows_too_few_for_two_ranks_together_are_refused():
-    (batch,) = text_for(tiny_moe("mixtral"), rows=3, batches=1)
-    with pytest.raises(CalibrationError, match="6 calibration rows are too few .* one in 8"):
-        Rows([batch], 0.125, CPU, rank=0, world_size=2)
+def test_rows_too_few_for_two_ranks_together_are_refused_on_both():
+    (batch,) = text_for(tiny_moe("mixtral"), rows=7, batches=1)
+
+    def refused(rank):
+        mine = {k: v[rank::2] for k, v in batch.items()}
+        with pytest.raises(CalibrationError, match="7 calibration rows are too few .* one in 8"):
+            Rows([mine], 0.125, CPU, rank=rank, world_size=2)
+        return True
+
+    assert run_distributed(refused) == [True, True]

@@ -137,7 +137,7 @@ def test_progress_comes_back_as_it_was_saved(tmp_path):
     record = LayerRefit("joint", "stream", 0.1, 0.5, None, 0.25, 1e-30, True, "so", [3])
     saved = Progress(tmp_path / "progress", "one")
     assert saved.load("layer") is None
-    update = torch.randn(2, 3, 4, dtype=torch.float64)
+    update = torch.randn(2, 3, 4)
     saved.save("layer", update, record)
     saved.save("left", None, record)
     loaded = saved.load("layer")
