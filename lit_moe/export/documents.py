@@ -62,6 +62,7 @@ def model_card(
         _front_matter(source),
         f"# {name}, smaller\n",
         _summary(name, model, plan, report),
+        _refit(report.get("refit")),
         _facts(report),
         _quality(report.get("quality") or {}),
         _loading(model, layout),
@@ -93,6 +94,16 @@ def _summary(
     return (
         f"{made} by removing whole experts: {after} of {before} routed experts "
         f"({plan.keep_ratio:.0%}) stay{chosen}. No other part was removed.\n"
+    )
+
+
+def _refit(refit: Mapping[str, Any] | None) -> str:
+    if not refit or not refit.get("kept"):
+        return ""
+    layers = [layer for layer in (refit.get("layers") or {}).values() if layer.get("lam")]
+    return (
+        f"The down projections of the experts in {len(layers)} layers were re-fitted in closed "
+        f"form on {refit.get('tokens') or 0:,} tokens, towards {refit.get('teacher')}.\n"
     )
 
 

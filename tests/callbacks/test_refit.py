@@ -87,6 +87,9 @@ def test_half_of_the_experts_go_the_rest_is_refitted_and_exported(
     assert report["seconds"]["refit"] > 0
     assert report["export"]["max_abs_logit_difference"] == 0.0
     assert json.loads((Path(trainer.log_dir) / "model" / "report.json").read_text()) == report
+    card = (Path(trainer.log_dir) / "model" / "README.md").read_text()
+    assert "experts in 2 layers were re-fitted in closed form on" in card
+    assert "towards the model before it was changed" in card
     state = module.built_model.state_dict()
     changed = [
         name for name, tensor in witness.weights.items() if not torch.equal(tensor, state[name])
