@@ -18,7 +18,7 @@ from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import report_writer
 from lit_moe.checkpoints import read_config
 from lit_moe.errors import LitMoEError
-from lit_moe.models import build_model
+from lit_moe.models import build_model, check_unwritten
 from lit_moe.module import MoEModule
 from lit_moe.refit import LayerRefit, OnLayer, RefitOptions, is_unchanged, refit
 
@@ -103,6 +103,8 @@ class Refit(Callback):
             nn.Module.to(teacher, module.built_model.device, module.built_model.dtype)
             return teacher
         unpruned = module.unpruned
+        if unpruned is not None:
+            check_unwritten(unpruned)
         if unpruned is None or is_unchanged(module.built_model, unpruned):
             raise LitMoEError(
                 "Refit has nothing to correct: no callback before it changed the model and no "

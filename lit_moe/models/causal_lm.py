@@ -13,6 +13,7 @@ from lit_moe.assets import resolve_model
 from lit_moe.checkpoints import load, read_config
 from lit_moe.errors import LitMoEError
 
+_VERSIONS = "shared_versions"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -60,14 +61,33 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a frozen copy in evaluation mode whose tensors are the model's own.
 
     Cutting experts out of the model puts new tensors into it, so the copy stays whole, and only
-    what was cut exists twice. Training the model in place would change the copy too.
+    what was cut exists twice. Writing into the model's tensors in place would change the copy too:
+    :func:`check_unwritten` tells.
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
-    return copy.deepcopy(model, memo).eval()
+    shared = copy.deepcopy(model, memo).eval()
+    vars(shared)[_VERSIONS] = {name: p._version for name, p in shared.named_parameters()}
+    return shared
+
+
+def check_unwritten(shared: PreTrainedModel) -> None:
+    """Refuse a sharing copy that is no longer what it was; any other model passes.
+
+    Raises:
+        LitMoEError: naming the first parameter that was written in place since the copy was made.
+    """
+    versions: dict[str, int] = vars(shared).get(_VERSIONS, {})
+    for name, parameter in shared.named_parameters():
+        if parameter._version != versions.get(name, parameter._version):
+            raise LitMoEError(
+                f"{name} was written in place after a sharing copy was made, which changed the copy "
+                "too; put a new tensor in its place (parameter.data = ...) instead, or keep a "
+                "deep copy as the teacher"
+            )
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer_size: int, tokenizer_name: str) -> None:

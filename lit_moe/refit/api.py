@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import find_sites
 from lit_moe.errors import LitMoEError
 from lit_moe.inference import body_inputs, evaluating
+from lit_moe.models import check_unwritten
 from lit_moe.refit.collective import agreed, all_sum_of
 from lit_moe.refit.job import OnLayer as OnLayer
 from lit_moe.refit.job import RefitJob, Target
@@ -70,6 +71,7 @@ def refit(
             "student and teacher are the same model, so there is nothing to correct; keep a copy "
             "from before pruning (lit_moe.sharing_copy) or load the teacher from its folder"
         )
+    check_unwritten(teacher)
     rank, world_size = _rank(), _world_size()
     rows = Rows(
         list(batches),

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_moe.errors import CalibrationError, LitMoEError, NotAnMoEError, UnsupportedModelError
+from lit_moe.models import check_unwritten, sharing_copy
 from lit_moe.refit import RefitOptions, refit
 from lit_moe.testing import tiny_moe
 from tests.refit.models import assert_same_state, half_of, state_of, text_for
@@ -138,3 +139,13 @@ def test_just_enough_rows_are_enough(no_judge):
     report = refit(student, teacher, text_for(teacher, rows=8, batches=1))
     assert (report.tokens, report.held_out_tokens) == (7 * 16, 16)
     assert all(torch.isfinite(p).all() for p in student.parameters())
+
+
+def test_a_teacher_that_shares_tensors_written_in_place_is_refused():
+    student = tiny_moe("mixtral")
+    teacher = sharing_copy(student)
+    check_unwritten(teacher)
+    with torch.no_grad():
+        student.model.layers[1].mlp.experts.down_proj.mul_(0.5)
+    with pytest.raises(LitMoEError, match=r"layers.1.mlp.experts.down_proj was written in place"):
+        refit(student, teacher, text_for(student))
