@@ -84,8 +84,8 @@ def check_unwritten(shared: PreTrainedModel) -> None:
     for name, parameter in shared.named_parameters():
         if parameter._version != versions.get(name, parameter._version):
             raise LitMoEError(
-                f"{name} was written in place after a sharing copy was made, which changed the copy "
-                "too; put a new tensor in its place (parameter.data = ...) instead, or keep a "
+                f"{name} was written in place after a sharing copy was made, which changed the "
+                "copy too; put a new tensor in its place (parameter.data = ...) instead, or keep a "
                 "deep copy as the teacher"
             )
 
