@@ -40,7 +40,11 @@ SPAN = {
     "ernie4_5_vl_moe": {},  # the block flattens its output
     "openai_privacy_filter": {},  # no language model
 }
-MANY = {"switch_transformers": 512, "nemotron_h": 256}  # rectified features are often zero
+MANY = {
+    "switch_transformers": 512,
+    "nemotron_h": 256,
+    "zaya": 512,
+}  # features often zero, experts rare
 REFUSED = ("muse_spark",)
 
 
