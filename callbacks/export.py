@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lit_moe.accounting import tensor_at
 from lit_moe.adapters import find_sites
 from lit_moe.callbacks.report import report_writer
-from lit_moe.export import check_target, export
+from lit_moe.export import ExportResult, check_target, export, whole_on_first_rank
 from lit_moe.module import MoEModule
 from lit_moe.report.schema import Export
 
@@ -58,22 +58,9 @@ class ExportModel(Callback):
         writer = report_writer(trainer)
         writer.measure_recovered(trainer, pl_module)
         folder = self._folder(trainer)
-        if trainer.is_global_zero:
-            model = pl_module.built_model
-            dtype = pl_module.source_dtype if self.dtype == "auto" else self.dtype
-            if dtype is not None:
-                cast_weights(model, getattr(torch, dtype))
-            with writer.phase("export"):
-                result = export(
-                    model,
-                    folder,
-                    tokenizer=getattr(trainer.datamodule, "tokenizer", None),  # type: ignore[attr-defined]
-                    plan=pl_module.plan,
-                    report=writer.report.to_dict(),
-                    layout=self.layout,
-                    overwrite=self.overwrite,
-                    verify=self.verify,
-                )
+        with writer.phase("export"), whole_on_first_rank(pl_module.built_model, folder) as model:
+            result = self._export(trainer, pl_module, model, folder) if model is not None else None
+        if result is not None:
             writer.report.export = Export(
                 path=str(result.path),
                 max_abs_logit_difference=result.max_abs_logit_difference,
@@ -81,6 +68,25 @@ class ExportModel(Callback):
             )
             writer.write()
         trainer.strategy.barrier("export")
+
+    def _export(
+        self, trainer: Trainer, module: MoEModule, model: PreTrainedModel, folder: Path
+    ) -> ExportResult | None:
+        if not trainer.is_global_zero:
+            return None
+        dtype = module.source_dtype if self.dtype == "auto" else self.dtype
+        if dtype is not None:
+            cast_weights(model, getattr(torch, dtype))
+        return export(
+            model,
+            folder,
+            tokenizer=getattr(trainer.datamodule, "tokenizer", None),  # type: ignore[attr-defined]
+            plan=module.plan,
+            report=report_writer(trainer).report.to_dict(),
+            layout=self.layout,
+            overwrite=self.overwrite,
+            verify=self.verify,
+        )
 
     def _folder(self, trainer: Trainer) -> Path:
         base = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: every rank asks

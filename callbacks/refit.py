@@ -20,6 +20,7 @@ from lit_moe.checkpoints import read_config
 from lit_moe.errors import LitMoEError
 from lit_moe.models import build_model, check_unwritten
 from lit_moe.module import MoEModule
+from lit_moe.partitions import is_partitioned
 from lit_moe.refit import LayerRefit, OnLayer, RefitOptions, is_unchanged, refit
 
 PROGRESS_FOLDER = "refit_progress"
@@ -69,6 +70,11 @@ class Refit(Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING or module.is_resumed:
             return
+        if is_partitioned(module.built_model):
+            raise LitMoEError(
+                "Refit needs the whole model on each rank, but the strategy loads it in shares: "
+                "set shard_on_load: false in trainer.strategy.init_args, or leave Refit out"
+            )
         writer = report_writer(trainer)
         writer.on_model_built(trainer, module)
         module.to(trainer.strategy.root_device)

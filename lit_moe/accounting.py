@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lit_moe.adapters.site import AxisKind, ExpertAxis, MoESite
+from lit_moe.partitions import whole_numel, whole_shape
 
 
 class ParameterCounts(NamedTuple):
@@ -26,7 +27,7 @@ class ParameterCounts(NamedTuple):
 
 def count_parameters(model: nn.Module, sites: Sequence[MoESite]) -> ParameterCounts:
     """Return total and active parameters of ``model``, whose MoE layers are ``sites``."""
-    total = sum(_numel(parameter) for parameter in model.parameters())
+    total = sum(whole_numel(parameter) for parameter in model.parameters())
     idle = sum(
         (site.num_experts - site.top_k) * elements_per_expert(model, site, ("expert",))
         + _unused_elements(model, site)
@@ -38,7 +39,7 @@ def count_parameters(model: nn.Module, sites: Sequence[MoESite]) -> ParameterCou
 def count_bytes(model: nn.Module) -> int:
     """Return the bytes of all parameters and buffers, shared ones once."""
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return sum(_numel(tensor) * tensor.element_size() for tensor in tensors)
+    return sum(whole_numel(tensor) * tensor.element_size() for tensor in tensors)
 
 
 def elements_per_expert(model: nn.Module, site: MoESite, kinds: Sequence[AxisKind]) -> int:
@@ -47,7 +48,7 @@ def elements_per_expert(model: nn.Module, site: MoESite, kinds: Sequence[AxisKin
     elements = sum(_elements_of_rows(model, axis, axis.rows_per_expert) for axis in axes)
     if "expert" in kinds and not site.rows("expert"):  # each expert is a module of its own
         modules = model.get_submodule(site.experts)
-        elements += sum(_numel(p) for p in modules.parameters()) // site.num_experts
+        elements += sum(whole_numel(p) for p in modules.parameters()) // site.num_experts
     return elements
 
 
@@ -64,8 +65,7 @@ def _unused_elements(model: nn.Module, site: MoESite) -> int:
 
 def _elements_of_rows(model: nn.Module, axis: ExpertAxis, rows: int) -> int:
     tensor = tensor_at(model, axis.name)
-    shape = getattr(tensor, "ds_shape", tensor.shape)
-    return int(_numel(tensor) * rows // shape[axis.dim])
+    return whole_numel(tensor) * rows // whole_shape(tensor)[axis.dim]
 
 
 def tensor_at(model: nn.Module, name: str) -> Tensor:
@@ -73,8 +73,3 @@ def tensor_at(model: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     found: Tensor = getattr(model.get_submodule(path), last)
     return found
-
-
-def _numel(tensor: Tensor) -> int:
-    """Elements of the whole tensor, also where ZeRO-3 leaves an empty placeholder."""
-    return int(getattr(tensor, "ds_numel", tensor.numel()))

@@ -10,6 +10,7 @@ import sys
 import typing
 from argparse import Action
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import lightning as L
@@ -18,9 +19,13 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
+from lit_moe.agreement import lost_contact
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
+from lit_moe.resuming import newest_checkpoint
+from lit_moe.sharding import register_short_names
 
 _IN_CLASS = re.compile(
     r"Problem with given class_path '([\w.]+)':\s+(?=(Parser key[^\n]+\n[^\n]+|\S[^\n]*))"
@@ -64,20 +69,77 @@ class _CLI(LightningCLI):
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if config.enable_progress_bar is not False and not has_bar:
             kwargs["callbacks"] = [*callbacks, _ProgressBar()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+            _check_world(trainer)
+        except (ValueError, RuntimeError) as error:
+            if "SLURM" not in str(error) and "launcher started" not in str(error):
+                raise
+            raise LitMoEError(" ".join(str(error).split())) from error
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            raise LitMoEError(
+                f"rank {self.trainer.global_rank} lost contact to another process of the run, "
+                "which has died or cannot be reached: its own last lines, above or in its log, say "
+                "why; afterwards the same command with --ckpt_path last goes on from the newest "
+                f"checkpoint ({' '.join(str(error).split())[:160]})"
+            ) from error
 
     def before_fit(self) -> None:
         """Tell the module where it resumes from: lightning does so only after it is built."""
-        path = self._get(self.config_init, "ckpt_path")
-        if path is not None:
+        self._tell_module(TrainerFn.FITTING)
+
+    def before_validate(self) -> None:
+        """Tell the module which checkpoint is evaluated."""
+        self._tell_module(TrainerFn.VALIDATING)
+
+    def before_test(self) -> None:
+        """Tell the module which checkpoint is evaluated."""
+        self._tell_module(TrainerFn.TESTING)
+
+    def before_predict(self) -> None:
+        """Tell the module which checkpoint predicts."""
+        self._tell_module(TrainerFn.PREDICTING)
+
+    def _tell_module(self, command: TrainerFn) -> None:
+        options = self.config_init[self.subcommand]
+        if options.ckpt_path == "last":
+            options.ckpt_path = self._last_checkpoint()
+        if options.ckpt_path is not None:
             connector = self.trainer._checkpoint_connector
             self.model.resume_from = connector._parse_ckpt_path(
-                TrainerFn.FITTING, path, model_provided=True, model_connected=False
+                command, options.ckpt_path, model_provided=True, model_connected=False
             )
+
+    def _last_checkpoint(self) -> str | None:
+        """Return the newest checkpoint of any run below the root folder; None if there is none.
+
+        Lightning looks only where this very run is going to write, which is a new folder.
+        """
+        places = [Path(self.trainer.default_root_dir)]
+        places += [Path(c.dirpath) for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
+        newest = newest_checkpoint(places)
+        if newest is None:
+            rank_zero_info(f"no checkpoint below {places[0]} yet: the run starts at its beginning")
+        return None if newest is None else str(newest)
+
+
+def _check_world(trainer: L.Trainer) -> None:
+    """Refuse numbers of devices and nodes that the launcher did not start."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is not None:
+        environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
 
 
 def run_trainer() -> None:
     """Parse ``sys.argv``, build trainer, module and data, and run the command."""
+    register_short_names()
     words, _CLI.overrides = split_callback_words(sys.argv[1:])
     # Further ranks are started with sys.argv as it is; only the parser must not see our words.
     _CLI(

@@ -11,17 +11,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lit_moe.partitions import gathering
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without gradients inside the block.
 
-    Afterwards every module has its own mode back, also when the block raises.
+    One that is partitioned over ranks is gathered layer by layer while it runs; all ranks must run
+    it equally often. Afterwards every module has its own mode back, also when the block raises.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), gathering(model):
             yield
     finally:
         for module, mode in modes:

@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from lit_moe.adapters import find_sites
+from lit_moe.agreement import check_versions_agree
 from lit_moe.assets import EMBEDDED
 from lit_moe.distill.losses import (
     load_balancing_loss,
@@ -20,7 +23,7 @@ from lit_moe.distill.losses import (
     next_token_nll,
 )
 from lit_moe.distill.routers import recorded_routers
-from lit_moe.errors import PlanError
+from lit_moe.errors import LitMoEError, PlanError
 from lit_moe.models import (
     DType,
     build_model,
@@ -29,11 +32,13 @@ from lit_moe.models import (
     frozen_copy,
     sharing_copy,
 )
+from lit_moe.partitions import is_partitioned, loading_partitioned, whole_shape
 from lit_moe.plan import KeepPlan
+from lit_moe.randomness import random_state, restore_random_state
+from lit_moe.resuming import OURS, complete_epoch, read_header
 from lit_moe.surgery import shrink
 
 Batch = dict[str, Tensor]
-_CHECKPOINT_KEY = "lit_moe"
 
 
 @dataclass
@@ -85,8 +90,9 @@ class MoEModule(L.LightningModule):
     The model is built in ``configure_model``; then every callback that has a method
     ``on_model_built(trainer, module)`` is called, before any strategy wraps the model.
 
-    Before ``trainer.fit(..., ckpt_path=path)`` on a pruned checkpoint set ``resume_from = path``
-    (``lit-moe fit --ckpt_path`` does): lightning tells the path only after the model is built.
+    Before ``trainer.fit(..., ckpt_path=path)`` (or validate, test, predict) on a pruned checkpoint
+    set ``resume_from = path`` (``lit-moe fit --ckpt_path`` does): lightning tells the path only
+    after the model is built.
 
     Args:
         model_name_or_path: folder or hub id of a Hugging Face checkpoint, or ``embedded``.
@@ -121,6 +127,7 @@ class MoEModule(L.LightningModule):
         self.source_dtype: str | None = None
         self.resume_from: str | None = None
         self.keep_unpruned = False
+        self._random_to_restore: list[dict[str, Any]] = []
         self._unpruned: tuple[PreTrainedModel, ...] = ()  # a tuple, so that it is no submodule
         self.save_hyperparameters(logger=False)
 
@@ -128,23 +135,56 @@ class MoEModule(L.LightningModule):
         """Called before the strategy wraps. Builds model and teacher, then lets callbacks act."""
         if self.model is not None:
             return
-        self.model = build_model(
-            self.model_name_or_path,
-            architecture=self.architecture,
-            dtype=self.dtype_name,
-            trust_remote_code=self.trust_remote_code,
-        )
+        self._check_strategy()
+        check_versions_agree()
+        with loading_partitioned(self.loading_config):
+            self.model = self._build()
+            if self.loss_weights.distillation > 0:
+                self.teacher = frozen_copy(self.model, rebuild=self._build)
         if self.architecture is None:
             self.source_dtype = checkpoint_dtype(self.model_name_or_path)
-        if self.loss_weights.distillation > 0:
-            self.teacher = frozen_copy(self.model)
         if self._trainer is not None:  # load_from_checkpoint has none
-            if self.keep_unpruned:
+            self._shrink_as_evaluated()
+            if self.keep_unpruned and not is_partitioned(self.model):
                 self.to(self.trainer.strategy.root_device)  # moving later would end the sharing
                 self._unpruned = (self.teacher or sharing_copy(self.model),)
             self._let_callbacks_act()
             self._unpruned = ()
         self.model.train()
+
+    def _shrink_as_evaluated(self) -> None:
+        """Apply the plan of the checkpoint that is only evaluated, before anything wraps the model.
+
+        In a fit the callback does it that made the plan.
+        """
+        plan = None if self.trainer.state.fn == TrainerFn.FITTING else self.checkpoint_plan()
+        if plan is not None:
+            shrink(self.built_model, plan)
+            self.plan = plan
+
+    def _build(self) -> PreTrainedModel:
+        return build_model(
+            self.model_name_or_path,
+            architecture=self.architecture,
+            dtype=self.dtype_name,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    @property
+    def loading_config(self) -> dict[str, Any] | None:
+        """DeepSpeed's configuration if the strategy loads models straight into partitions."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return getattr(strategy, "loading_config", None)
+
+    def _check_strategy(self) -> None:
+        """Refuse a strategy that would let random weights become NaN and plans see nothing."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy) and not hasattr(strategy, "loading_config"):
+            raise LitMoEError(
+                f"strategy {type(strategy).__name__} builds models inside deepspeed.zero.Init, "
+                "where experts cannot be pruned and random weights become NaN; take strategy: "
+                "zero1, zero2, zero3, or class_path: lit_moe.sharding.MoEDeepSpeed"
+            )
 
     def _let_callbacks_act(self) -> None:
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
@@ -176,9 +216,15 @@ class MoEModule(L.LightningModule):
         """Return the plan in the checkpoint that this run resumes from, without its weights."""
         if self.resume_from is None:
             return None
-        stored = torch.load(self.resume_from, mmap=True, map_location="cpu", weights_only=False)
-        data = stored.get(_CHECKPOINT_KEY, {}).get("plan")
-        return None if data is None else KeepPlan.from_dict(data)
+        header = read_header(self.resume_from)
+        is_sharding = isinstance(self.trainer.strategy, DeepSpeedStrategy)
+        if header.is_sharded and not is_sharding:
+            raise LitMoEError(
+                f"{header.path} was written by {header.world_size} ranks under ZeRO stage "
+                f"{header.stage}; resume it with --trainer.strategy zero{header.stage} "
+                f"--trainer.devices {header.world_size}"
+            )
+        return header.plan
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the loss terms and log each."""
@@ -220,8 +266,8 @@ class MoEModule(L.LightningModule):
         config = self.optimizer_config
         trained = [p for p in self.built_model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trained if _is_matrix(p)], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if not _is_matrix(p)], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas
@@ -239,11 +285,14 @@ class MoEModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the plan; leave the frozen teacher out, which ``model_name_or_path`` gives again."""
+        """Add the plan and the random states of all ranks; leave the frozen teacher out.
+
+        The teacher is what ``model_name_or_path`` gives again. Collective.
+        """
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not _is_teacher(k)}
         plan = None if self.plan is None else self.plan.to_dict()
-        checkpoint[_CHECKPOINT_KEY] = {"plan": plan}
+        checkpoint[OURS] = {"plan": plan, "random": self._random_states()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Before weights are loaded. Re-applies the plan, and keeps the present teacher.
@@ -251,19 +300,46 @@ class MoEModule(L.LightningModule):
         Raises:
             PlanError: if the model was pruned by another plan than the checkpoint's.
         """
-        data = checkpoint.get(_CHECKPOINT_KEY, {}).get("plan")
+        data = checkpoint.get(OURS, {}).get("plan")
         plan = None if data is None else KeepPlan.from_dict(data)
         if plan is not None and self.plan is None:
             shrink(self.built_model, plan)
             self.plan = plan
+        self.check_plan(plan)
+        self._random_to_restore = checkpoint.get(OURS, {}).get("random", [])
+        if self._trainer is not None and self.trainer.max_steps != -1 and "loops" in checkpoint:
+            complete_epoch(checkpoint["loops"]["fit_loop"])
+        if "state_dict" in checkpoint:  # a sharded checkpoint has been loaded already
+            own = self.state_dict()
+            checkpoint["state_dict"].update({k: v for k, v in own.items() if _is_teacher(k)})
+
+    def on_train_start(self) -> None:
+        """When training begins. A resumed run draws the numbers that it would have drawn."""
+        states = self._random_to_restore
+        if len(states) == self.trainer.world_size:
+            restore_random_state(states[self.global_rank])
+        self._random_to_restore = []
+
+    def _random_states(self) -> list[dict[str, Any]]:
+        state = random_state()
+        if self._trainer is None or self.trainer.world_size == 1:
+            return [state]
+        states: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(states, state)
+        return states
+
+    def check_plan(self, plan: KeepPlan | None) -> None:
+        """Refuse a checkpoint of a model that kept other experts.
+
+        Raises:
+            PlanError: if the model was pruned by another plan than the checkpoint's.
+        """
         if plan != self.plan:
             raise PlanError(
                 "the checkpoint was written under another plan than the one that this run just "
                 "made: resume with `lit-moe fit --ckpt_path`, or set module.resume_from = PATH "
                 "before trainer.fit, so that the plan is taken from the checkpoint"
             )
-        own = self.state_dict()
-        checkpoint["state_dict"].update({k: v for k, v in own.items() if _is_teacher(k)})
 
     def _forward(self, batch: Batch) -> Any:
         return self.built_model(
@@ -282,6 +358,10 @@ class MoEModule(L.LightningModule):
         mask = batch["attention_mask"]
         loss = next_token_loss(self._forward(batch).logits, batch["input_ids"], mask)
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True, batch_size=mask.shape[0])
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return len(whole_shape(parameter)) >= 2
 
 
 def _is_teacher(key: str) -> bool:

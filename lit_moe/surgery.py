@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lit_moe.accounting import count_bytes, count_parameters
 from lit_moe.adapters import MoESite, adapter_for, count_experts, find_sites
 from lit_moe.adapters.router_mask import is_masked
+from lit_moe.partitions import is_managed, is_partitioned, opened
 from lit_moe.plan import KeepPlan
 
 
@@ -47,7 +48,8 @@ def shrink(model: PreTrainedModel, plan: KeepPlan) -> ShrinkReport:
     Raises:
         PlanError: if the plan is for another model or a router could not work with what stays.
             Nothing has been touched then.
-        RuntimeError: if a router mask is still attached, or weights are offloaded or sharded.
+        RuntimeError: if a router mask is still attached, or weights are offloaded or managed by a
+            DeepSpeed engine.
     """
     sites = find_sites(model)
     adapter = adapter_for(model.config)
@@ -60,7 +62,8 @@ def shrink(model: PreTrainedModel, plan: KeepPlan) -> ShrinkReport:
     if not plan.is_identity:
         adapter.check_counts(model.config, sites, plan.counts)
         for site in sites:
-            adapter.slice_(model, site, plan.kept[site.name])
+            with opened(model.get_submodule(site.name)):
+                adapter.slice_(model, site, plan.kept[site.name])
         adapter.finish_(model, sites, plan.counts)
     return ShrinkReport(
         {site.name: (site.num_experts, len(plan.kept[site.name])) for site in sites},
@@ -84,7 +87,7 @@ def _refuse_absent(model: PreTrainedModel, sites: tuple[MoESite, ...]) -> None:
     """Refuse to cut placeholders: what would come back later are the uncut weights."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     names = [axis.name for site in sites for axis in site.axes if axis.name in tensors]
-    absent = [name for name in names if hasattr(tensors[name], "ds_shape")]
+    absent = names if is_partitioned(model) and is_managed(model) else []
     if not all(tensor.is_meta for tensor in tensors.values()):
         absent += [name for name in names if tensors[name].is_meta]
     if absent:

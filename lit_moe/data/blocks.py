@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,14 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         domain: index into ``domains`` per block, shape ``(N,)``.
         num_bytes: UTF-8 bytes of the text of the predicted tokens, 1 to L-1, shape ``(N,)``.
         domains: names, in order of first appearance.
+        idle: how many blocks at the end count for nothing; their attention mask is 0.
     """
 
     input_ids: Tensor
     domain: Tensor
     num_bytes: Tensor
     domains: tuple[str, ...]
+    idle: int = 0
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -37,7 +39,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         ids = self.input_ids[index]
         return {
             "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
+            "attention_mask": torch.full_like(ids, int(index < len(self) - self.idle)),
             "domain": self.domain[index],
             "num_bytes": self.num_bytes[index],
         }
@@ -47,6 +49,20 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         return Blocks(
             self.input_ids[indices], self.domain[indices], self.num_bytes[indices], self.domains
         )
+
+    def share(self, rank: int, world_size: int) -> Blocks:
+        """Return every ``world_size``-th block from block ``rank`` on.
+
+        All ranks get equally many, because ranks that share one model must run in step: where
+        blocks are short, an idle one that counts for nothing is added.
+        """
+        indices = torch.arange(rank, len(self), world_size)
+        if len(indices) == -(-len(self) // world_size):
+            return self.take(indices)
+        filled = self.take(torch.cat([indices, torch.zeros(1, dtype=torch.long)]))
+        num_bytes = filled.num_bytes.clone()
+        num_bytes[-1] = 0
+        return replace(filled, num_bytes=num_bytes, idle=1)
 
     def spread(self, num_blocks: int) -> Blocks:
         """Return ``num_blocks`` blocks taken in turn from each domain (all blocks if fewer)."""

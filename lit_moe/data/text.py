@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_moe.assets import EMBEDDED, Split, resolve_model, text_file
 from lit_moe.data.blocks import Blocks, pack
 from lit_moe.data.documents import load_documents
+from lit_moe.data.order import ResumableLoader, ShuffledShare
 from lit_moe.data.quiet import progress_bars_for
 from lit_moe.errors import LitMoEError
 
@@ -78,6 +79,8 @@ class TextDataModule(L.LightningDataModule):
         self.seed = seed
         self._blocks: dict[Split, Blocks] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._loader: ResumableLoader | None = None
+        self._position = {"batches": 0}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -104,46 +107,71 @@ class TextDataModule(L.LightningDataModule):
 
     def calibration_dataloader(self, *, rank: int = 0, world_size: int = 1) -> DataLoader:
         """Batches of this rank's share of the calibration blocks (every ``world_size``-th)."""
-        blocks = self.blocks("calibration")
-        share = blocks.take(torch.arange(rank, len(blocks), world_size))
-        return DataLoader(share, batch_size=self.batch_size)
+        share = self.blocks("calibration").share(rank, world_size)
+        return self._in_order(share)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled training batches; the last incomplete one is left out."""
+        """Shuffled training batches of this rank; the last incomplete step is left out."""
         blocks = self.blocks("train")
-        if len(blocks) < self.batch_size:
+        sampler = self._sampler(blocks)
+        if len(sampler) < self.batch_size:
             raise LitMoEError(
                 f"train text fills {len(blocks)} blocks of {self.sequence_length} tokens, less "
-                f"than one batch of {self.batch_size}; give more text or a smaller batch_size"
+                f"than one batch of {sampler.multiple_of} for each device; give more text or a "
+                "smaller batch_size"
             )
-        return DataLoader(
-            blocks, batch_size=self.batch_size, sampler=self._sampler(blocks), drop_last=True
+        self._loader = ResumableLoader(
+            blocks, batch_size=self.batch_size, sampler=sampler, generator=torch.Generator()
         )
+        self._loader.load_state_dict(self._position)
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far into the epoch training is."""
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let training go on where a checkpoint was written."""
+        self._position = {"batches": state_dict.get("batches", 0)}
+        if self._loader is not None:
+            self._loader.load_state_dict(self._position)
 
     def val_dataloader(self) -> DataLoader:
         """Validation batches in fixed order."""
-        return DataLoader(self.blocks("validation"), batch_size=self.batch_size)
+        return self._in_order(self.blocks("validation"))
 
     def test_dataloader(self) -> DataLoader:
         """Test batches in fixed order."""
-        return DataLoader(self.blocks("test"), batch_size=self.batch_size)
+        return self._in_order(self.blocks("test"))
 
     def test_share(self, *, rank: int, world_size: int) -> tuple[DataLoader, tuple[str, ...]]:
         """Batches of this rank's share of the test blocks, and the names of the domains."""
         blocks = self.blocks("test")
-        share = blocks.take(torch.arange(rank, len(blocks), world_size))
-        return DataLoader(share, batch_size=self.batch_size), blocks.domains
+        share = blocks.share(rank, world_size)
+        return self._in_order(share), blocks.domains
 
     def predict_dataloader(self) -> DataLoader:
         """The test batches."""
         return self.test_dataloader()
 
-    def _sampler(self, blocks: Blocks) -> Sampler[int]:
-        generator = torch.Generator().manual_seed(self.seed)
-        if not self.balance_domains:
-            return RandomSampler(blocks, generator=generator)
-        weights = 1.0 / torch.bincount(blocks.domain).double()[blocks.domain]
-        return WeightedRandomSampler(cast(list[float], weights), len(blocks), generator=generator)
+    def _in_order(self, blocks: Blocks) -> DataLoader:
+        # A generator of its own: loaders draw a seed, which would move the model's random numbers.
+        return DataLoader(blocks, batch_size=self.batch_size, generator=torch.Generator())
+
+    def _sampler(self, blocks: Blocks) -> ShuffledShare:
+        weights = None
+        if self.balance_domains:
+            weights = 1.0 / torch.bincount(blocks.domain).double()[blocks.domain]
+        trainer = self.trainer
+        return ShuffledShare(
+            blocks,
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            seed=self.seed,
+            weights=weights,
+            multiple_of=self.batch_size
+            * (1 if trainer is None else trainer.accumulate_grad_batches),
+        )
 
     def _model_name(self) -> str:
         trainer = self.trainer

@@ -68,7 +68,7 @@ class Perplexity(Metric):
             num_bytes_B: bytes of the predicted text per block.
         """
         nll, tokens = nll_BS.double().sum(dim=1), mask_BS.double().sum(dim=1)
-        blocks, num_bytes = torch.ones_like(nll), num_bytes_B.double()
+        blocks, num_bytes = (tokens > 0).double(), num_bytes_B.double()
         rows = [nll, tokens, nll * nll, nll * tokens, tokens * tokens, blocks, num_bytes]
         self.sums.index_add_(1, domain_B, torch.stack(rows))
 
@@ -130,6 +130,6 @@ def evaluate_perplexity(
             logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits
             nll = next_token_nll(logits, batch["input_ids"], mask)
             metric.update(nll, mask[:, 1:], batch["domain"], batch["num_bytes"])
-            tokens += mask.numel()
+            tokens += int(mask.sum())
     seconds = time.perf_counter() - start
     return replace(metric.quality(), tokens_per_second=tokens / max(seconds, 1e-9))

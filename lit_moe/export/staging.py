@@ -82,6 +82,19 @@ def staged(target: Path, bytes_needed: int, *, overwrite: bool = False) -> Itera
         raise
 
 
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside ``target`` that is gone afterwards."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = _sibling(target, "gathered", os.getpid())
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _recover(target: Path) -> None:
     """Drop the partial folders of killed exports and put back a folder they had moved aside."""
     for old in _siblings(target, "replaced"):
@@ -89,8 +102,8 @@ def _recover(target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(target)
-    for partial in _siblings(target, "partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for left in (*_siblings(target, "partial"), *_siblings(target, "gathered")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, *, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lit_moe.assets import resolve_model
 from lit_moe.checkpoints import load, read_config
 from lit_moe.errors import LitMoEError
+from lit_moe.partitions import copy_partitions, is_partitioned, whole_shape
 
 _VERSIONS = "shared_versions"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -52,9 +54,22 @@ def checkpoint_dtype(name_or_path: str) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy in evaluation mode whose parameters take no gradient."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def frozen_copy(
+    model: PreTrainedModel, *, rebuild: Callable[[], PreTrainedModel] | None = None
+) -> PreTrainedModel:
+    """Return a copy in evaluation mode whose parameters take no gradient.
+
+    Args:
+        model: whole, or partitioned over ranks; then the copy is too.
+        rebuild: builds the same model again, for a partitioned one, which cannot be copied as a
+            whole.
+    """
+    if not is_partitioned(model):
+        return copy.deepcopy(model).eval().requires_grad_(False)
+    assert rebuild is not None, "a partitioned model is copied by building it again"
+    twin = rebuild()
+    copy_partitions(model, twin)
+    return twin.eval().requires_grad_(False)
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,7 +117,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer_size: int, tokenizer_name
         LitMoEError: with both sizes.
     """
     embeddings: Any = model.get_input_embeddings()
-    rows = int(embeddings.weight.shape[0])
+    rows = whole_shape(embeddings.weight)[0]
     if tokenizer_size > rows:
         raise LitMoEError(
             f"tokenizer {tokenizer_name!r} has {tokenizer_size} ids, but "

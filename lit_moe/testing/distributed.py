@@ -18,12 +18,14 @@ TIMEOUT = 300.0
 """Seconds after which a process that says nothing is taken for dead."""
 
 
-def run_distributed(fn: Callable[[int], T], world_size: int = 2) -> list[T]:
-    """Run ``fn(rank)`` in ``world_size`` forked processes with a gloo group.
+def run_distributed(fn: Callable[[int], T], world_size: int = 2, *, group: bool = True) -> list[T]:
+    """Run ``fn(rank)`` in ``world_size`` forked processes that can reach each other.
 
     Args:
         fn: any callable, closures included; its result must be picklable by torch.save.
         world_size: number of processes.
+        group: make a gloo process group; False leaves that to ``fn``, a lightning trainer for
+            instance, which takes the processes for those of an external launcher.
 
     Returns:
         The results, by rank.
@@ -34,7 +36,7 @@ def run_distributed(fn: Callable[[int], T], world_size: int = 2) -> list[T]:
     context = mp.get_context("fork")
     queue = context.Queue()
     port = _free_port()
-    args = (fn, world_size, port, queue)
+    args = (fn, world_size, port, queue, group)
     processes = [context.Process(target=_work, args=(rank, *args)) for rank in range(world_size)]
     for process in processes:
         process.start()
@@ -47,16 +49,21 @@ def run_distributed(fn: Callable[[int], T], world_size: int = 2) -> list[T]:
     return [_unpack(payload) for _, _, payload in sorted(answers)]
 
 
-def _work(rank: int, fn: Callable[[int], Any], world_size: int, port: int, queue: Any) -> None:
+def _work(
+    rank: int, fn: Callable[[int], Any], world_size: int, port: int, queue: Any, group: bool
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(NODE_RANK="0")
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        if group:
+            dist.init_process_group("gloo", rank=rank, world_size=world_size)
         payload = io.BytesIO()
         torch.save(fn(rank), payload)
         queue.put((rank, "", payload.getvalue()))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 - whatever it was, the parent must hear of it
         queue.put((rank, traceback.format_exc(), b""))
 

@@ -1,0 +1,48 @@
+"""What all processes of a run must have in common."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch.distributed as dist
+
+from lit_moe.errors import LitMoEError
+
+PACKAGES = ("lit-moe", "torch", "lightning", "transformers", "deepspeed")
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions that decide whether ranks compute the same."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def check_versions_agree() -> None:
+    """Refuse a run whose machines have different software. Collective; no-op on one process.
+
+    Raises:
+        LitMoEError: naming the first package that differs, and on which ranks.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, installed_versions())
+    for name, first in everywhere[0].items():
+        others = [rank for rank, found in enumerate(everywhere) if found[name] != first]
+        if others:
+            raise LitMoEError(
+                f"rank 0 has {name} {first}, but rank {others[0]} has "
+                f"{everywhere[others[0]][name]}: install the same versions on all machines "
+                "(constraints.txt lists those that were tested)"
+            )
+
+
+_LOST = ("closed by peer", "reset by peer", "connectFullMesh", "Socket Timeout", "Broken pipe")
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error is what the other ranks see when one of them has died."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)

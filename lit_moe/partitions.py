@@ -1,0 +1,184 @@
+"""ZeRO-3 partitions of a model that no engine manages yet: look at them whole, change them, run.
+
+A partitioned parameter is an empty placeholder; each rank holds a share of its values beside it.
+Everything here is collective: all ranks must call it, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MANAGED = "managed_by_an_engine"
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether any parameter of ``module`` is spread over ranks."""
+    return any(hasattr(parameter, "ds_tensor") for parameter in module.parameters())
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of a tensor, also of one that is spread over ranks."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def whole_numel(tensor: Tensor) -> int:
+    """Return the elements of a tensor, also of one that is spread over ranks."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether an engine gathers the parameters of ``module`` while it runs."""
+    return _MANAGED in vars(module)
+
+
+def mark_managed(module: nn.Module) -> None:
+    """Note that an engine gathers the parameters of ``module`` while it runs."""
+    for part in module.modules():
+        vars(part)[_MANAGED] = True
+
+
+@contextmanager
+def loading_partitioned(config: Mapping[str, Any] | None) -> Iterator[None]:
+    """Let transformers load models straight into partitions inside the block.
+
+    Args:
+        config: a DeepSpeed configuration of stage 3; None loads whole models as ever.
+    """
+    if config is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    switch = HfDeepSpeedConfig(dict(config))  # transformers asks it as long as it lives
+    try:
+        yield
+    finally:
+        del switch
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Let the parameters of ``module`` be whole on each rank, to be read, inside the block."""
+    parameters = [p for p in module.parameters() if hasattr(p, "ds_tensor")]
+    if not parameters:
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(parameters):
+        yield
+
+
+@contextmanager
+def opened(module: nn.Module, config: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Let the parameters of ``module`` be ordinary ones inside the block, to be replaced.
+
+    Afterwards whatever is there is partitioned like before. A module that was not partitioned is
+    left alone.
+
+    Args:
+        module: one block, small enough to be whole on each rank.
+        config: the DeepSpeed configuration that the model was loaded with.
+    """
+    if not is_partitioned(module):
+        yield
+        return
+    from deepspeed import zero
+
+    for part in module.modules():
+        own = {n: p for n, p in part._parameters.items() if p is not None}
+        with zero.GatheredParameters(list(own.values())):
+            for name, parameter in own.items():
+                whole = parameter.detach().clone()
+                part._parameters[name] = nn.Parameter(whole, parameter.requires_grad)
+    try:
+        yield
+    finally:
+        zero.Init(module=module, config_dict_or_path=dict(config) if config else None)
+
+
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[None]:
+    """Let a partitioned model run inside the block, one decoder layer whole at a time.
+
+    Nothing happens for a model that is whole, or that an engine manages.
+    """
+    with ExitStack() as stack:
+        if is_partitioned(model) and not is_managed(model):
+            for unit, parameters in _units(model):
+                stack.callback(_gather_around(unit, parameters))
+        yield
+
+
+def _units(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Yield what is gathered together: each entry of a list of layers, and what is outside."""
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                inside.update(id(part) for part in layer.modules())
+                yield layer, _partitioned(layer.parameters())
+            continue
+        yield module, _partitioned(module.parameters(recurse=False))
+
+
+def _partitioned(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [p for p in parameters if hasattr(p, "ds_tensor")]
+
+
+def _gather_around(unit: nn.Module, parameters: list[nn.Parameter]) -> Any:
+    from deepspeed import zero
+
+    open_ones: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        context = zero.GatheredParameters(parameters)
+        context.__enter__()
+        open_ones.append(context)
+
+    def leave(*_: Any) -> None:
+        if open_ones:
+            open_ones.pop().__exit__(None, None, None)
+
+    hooks: list[Any] = []
+    if parameters:
+        hooks.append(unit.register_forward_pre_hook(enter, prepend=True))
+        hooks.append(unit.register_forward_hook(leave, always_call=True))
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+        leave()
+
+    return remove
+
+
+def stream_whole(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the state dict by name, whole, one at a time."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not hasattr(tensor, "ds_tensor"):
+            yield name, tensor.detach()
+            continue
+        from deepspeed import zero
+
+        with zero.GatheredParameters([tensor]):
+            yield name, tensor.detach()
+
+
+@torch.no_grad()
+def copy_partitions(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target``, built and partitioned alike, the values of ``source``."""
+    theirs: dict[str, Any] = dict(source.named_parameters())
+    mine: dict[str, Any] = dict(target.named_parameters())
+    for name, parameter in mine.items():
+        parameter.ds_tensor.data.copy_(theirs[name].ds_tensor.data)
+    buffers = dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        buffer.copy_(buffers[name])

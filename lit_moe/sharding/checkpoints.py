@@ -1,0 +1,77 @@
+"""Checkpoint folders that all ranks write together, and that appear only when complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lit_moe.errors import LitMoEError
+from lit_moe.resuming import CheckpointHeader, moved_aside, put_back
+
+
+@contextmanager
+def written_together(
+    target: Path, *, is_first_rank: bool, barrier: Callable[[str], None]
+) -> Iterator[Path]:
+    """Yield a hidden folder to write to; it takes the place of ``target`` when all ranks are done.
+
+    A run that is killed in between, or a disk that fills up, leaves ``target`` as it was.
+
+    Args:
+        target: the checkpoint.
+        is_first_rank: whether this rank renames.
+        barrier: waits for all ranks.
+
+    Raises:
+        LitMoEError: if writing failed.
+    """
+    partial, aside = target.with_name(f".{target.name}.partial"), moved_aside(target)
+    if is_first_rank:
+        put_back(target)
+        _remove(aside)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier("checkpoint begins")
+    try:
+        yield partial
+    except (OSError, RuntimeError) as error:
+        raise LitMoEError(
+            f"the checkpoint {target} could not be written: {_reason(error)}; what was there "
+            "before is still there"
+        ) from error
+    barrier("checkpoint is written")
+    if is_first_rank:
+        if target.exists():
+            target.rename(aside)
+        partial.rename(target)
+        _remove(aside)
+    barrier("checkpoint has its name")
+
+
+def check_sharded(header: CheckpointHeader) -> None:
+    """Refuse a checkpoint that no sharded run wrote.
+
+    Raises:
+        LitMoEError: saying how it can be resumed.
+    """
+    if not header.is_sharded:
+        raise LitMoEError(
+            f"{header.path} is a checkpoint in one file, as strategies without DeepSpeed write "
+            "them; resume it with --trainer.strategy auto or ddp"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists() or path.is_symlink():
+        os.unlink(path)
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    full = "No space left" in str(error) or "PytorchStreamWriter failed" in str(error)
+    return f"{text} (is the disk full?)" if full else text

@@ -1,0 +1,253 @@
+"""DeepSpeed ZeRO as a lightning strategy: stock on CUDA, and on CPU over gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.distributed import default_pg_timeout
+
+from lit_moe.errors import LitMoEError
+from lit_moe.module import MoEModule
+from lit_moe.partitions import mark_managed
+from lit_moe.resuming import CheckpointHeader, read_header
+from lit_moe.sharding.checkpoints import check_sharded, written_together
+from lit_moe.sharding.environment import DeepSpeedLauncherEnvironment
+from lit_moe.sharding.memory import share_master_weights
+from lit_moe.sharding.rendezvous import meet
+from lit_moe.sharding.universal import keep_groups_apart, make_universal, universal_folder
+from lit_moe.sharding.weights import load_weights
+
+
+class MoEDeepSpeed(DeepSpeedStrategy):
+    """ZeRO stages 1 to 3 for MoE models, on GPUs and, for trying it out, on CPU processes.
+
+    What differs from lightning's strategy: it runs on CPU (gloo, no compiler needed); the model is
+    never built inside ``deepspeed.zero.Init``, where random weights silently become NaN and
+    pruning would see empty tensors; processes of the ``deepspeed`` launcher find each other on
+    several machines; checkpoints appear only when they are complete.
+
+    Args:
+        stage: 1 shards the optimizer's state, 2 gradients too, 3 parameters too.
+        shard_on_load: with stage 3, read a checkpoint straight into the partitions, so that no
+            rank ever holds the whole model; calibration and pruning then work layer by layer.
+            False builds the whole model on each rank, prunes it, and then partitions what is left.
+        config: a DeepSpeed JSON file, or its content; then fields of this class that concern ZeRO
+            do not count.
+        patience: seconds that processes wait for each other at the start; a machine that cannot be
+            reached is reported after them.
+        **options: everything that lightning's ``DeepSpeedStrategy`` takes: ``offload_optimizer``,
+            ``offload_parameters``, ``overlap_comm``, ``timeout``, ...
+
+    Raises:
+        LitMoEError: for a stage that does not exist, or ``shard_on_load`` without stage 3.
+    """
+
+    def __init__(
+        self,
+        stage: int = 2,
+        shard_on_load: bool = False,
+        config: str | dict[str, Any] | None = None,
+        patience: float = 300.0,
+        **options: Any,
+    ) -> None:
+        if stage not in (1, 2, 3):
+            raise LitMoEError(f"stage={stage} is no ZeRO stage; there are 1, 2 and 3")
+        super().__init__(stage=stage, config=config, **options)
+        self.shard_on_load = shard_on_load
+        self.patience = patience
+        if shard_on_load and not self.zero_stage_3:
+            raise LitMoEError(
+                "shard_on_load=true spreads parameters over ranks, which only stage 3 does; "
+                f"the configuration asks for stage {self.stage}"
+            )
+        if self._offloads_optimizer:
+            # torch's AdamW then runs on the host; DeepSpeed would insist on compiling its own.
+            self._content.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage in force."""
+        return int(self._content.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def loading_config(self) -> dict[str, Any] | None:
+        """What models are to be loaded under; None for whole models."""
+        if not self.shard_on_load:
+            return None
+        self._init_config_if_needed()
+        return self._content
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this rank; DeepSpeed asks even a CPU for its index."""
+        return torch.device("cpu", 0) if self._on_cpu else super().root_device
+
+    def setup_environment(self) -> None:
+        """Join the process group, on CPU too."""
+        if not self._on_cpu:
+            super().setup_environment()
+            return
+        _forget_compiled_collectives()
+        super(DeepSpeedStrategy, self).setup_environment()  # all but the check for CUDA
+
+    def setup_distributed(self) -> None:
+        """Join the process group, on CPU too."""
+        if not self._on_cpu:
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _init_deepspeed_distributed(self) -> None:
+        self._set_node_environment_variables()
+        meet(
+            self._get_process_group_backend(),
+            rank=self.global_rank,
+            world_size=self.world_size,
+            patience=timedelta(seconds=self.patience),
+            timeout=self._timeout or default_pg_timeout,
+        )
+        super()._init_deepspeed_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """The model is built whole, or by ``from_pretrained`` into partitions: never in here."""
+        self._init_config_if_needed()
+        yield
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write a folder with a share of each rank, which appears only when it is complete.
+
+        The frozen teacher is left out: the model's source gives it again.
+
+        Raises:
+            LitMoEError: if writing failed; an older checkpoint of that name is still there.
+        """
+        target = Path(self.broadcast(filepath))
+        self.exclude_frozen_parameters = self._only_teacher_is_frozen
+        with written_together(
+            target, is_first_rank=self.is_global_zero, barrier=self.barrier
+        ) as folder:
+            super().save_checkpoint(checkpoint, str(folder), storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load the share of this rank.
+
+        Raises:
+            LitMoEError: if a share is missing, or was written for other ranks.
+            PlanError: if the model was pruned by another plan than the checkpoint's.
+        """
+        header = read_header(checkpoint_path)
+        check_sharded(header)
+        module = self._module
+        module.check_plan(header.plan)
+        if module.trainer.state.fn != TrainerFn.FITTING:
+            return load_weights(module, header)
+        if not self._is_written_alike(header):
+            return self._load_universal(header)
+        module.strict_loading = not self._only_teacher_is_frozen
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _is_written_alike(self, header: CheckpointHeader) -> bool:
+        return (header.world_size, header.stage) == (self.world_size, self.stage)
+
+    def _load_universal(self, header: CheckpointHeader) -> dict[str, Any]:
+        rank_zero_info(
+            f"{header.path} was written by {header.world_size} ranks under ZeRO stage "
+            f"{header.stage}; it is converted for {self.world_size} ranks under stage {self.stage}"
+        )
+        if self.is_global_zero:
+            make_universal(header)
+        self.barrier("universal checkpoint")
+        engine = self.deepspeed_engine
+        optimizer = engine.optimizer.optimizer
+        options = [dict(group) for group in optimizer.param_groups]
+        engine._config.load_universal_checkpoint = True
+        self._module.strict_loading = False  # parameters come from files of their own
+        state = super().load_checkpoint(universal_folder(header))
+        engine._config.load_universal_checkpoint = False
+        keep_groups_apart(optimizer, options)
+        return state
+
+    @property
+    def _only_teacher_is_frozen(self) -> bool:
+        frozen = [n for n, p in self._module.named_parameters() if not p.requires_grad]
+        return bool(frozen) and all(name.startswith("teacher.") for name in frozen)
+
+    def _configure_launcher(self) -> None:
+        is_default = type(self.cluster_environment) is LightningEnvironment
+        if is_default and DeepSpeedLauncherEnvironment.detect():
+            self.cluster_environment = DeepSpeedLauncherEnvironment()
+        super()._configure_launcher()
+
+    def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        super()._initialize_deepspeed_train(model)
+        share_master_weights(self.deepspeed_engine.optimizer)
+        mark_managed(model)
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        super()._initialize_deepspeed_inference(model)
+        mark_managed(model)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return isinstance(self.accelerator, CPUAccelerator)
+
+    @property
+    def _offloads_optimizer(self) -> bool:
+        return "offload_optimizer" in self._content.get("zero_optimization", {})
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        """The configuration, which lightning has read if it was a file."""
+        assert isinstance(self.config, dict)
+        return self.config
+
+    @property
+    def _module(self) -> MoEModule:
+        return cast(MoEModule, self.lightning_module)
+
+
+def _forget_compiled_collectives() -> None:
+    """Keep DeepSpeed from compiling collectives for CPU inference, which training never uses."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def register_short_names() -> None:
+    """Let ``strategy: zero1``, ``zero2``, ``zero3`` and ``zero3_offload`` name this strategy."""
+    for stage in (1, 2, 3):
+        StrategyRegistry.register(
+            f"zero{stage}",
+            MoEDeepSpeed,
+            description=f"DeepSpeed ZeRO stage {stage}",
+            override=True,
+            stage=stage,
+        )
+    StrategyRegistry.register(
+        "zero3_offload",
+        MoEDeepSpeed,
+        description="DeepSpeed ZeRO stage 3, optimizer and parameters on the host",
+        override=True,
+        stage=3,
+        offload_optimizer=True,
+        offload_parameters=True,
+    )

@@ -1,0 +1,184 @@
+"""A run that goes on from a checkpoint is the run that was never stopped."""
+
+import shutil
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_moe.callbacks import OneShotPruning
+from lit_moe.errors import LitMoEError
+from lit_moe.resuming import newest_checkpoint
+from lit_moe.sharding.checkpoints import written_together
+from tests.distributed.runs import MODES, Setup
+
+pytestmark = pytest.mark.distributed
+
+
+def keeping(folder, **options):
+    """Callbacks that prune and keep every checkpoint."""
+
+    def callbacks():
+        checkpoints = ModelCheckpoint(
+            dirpath=str(folder), filename="{step}", save_top_k=-1, save_last=True, **options
+        )
+        return [OneShotPruning("reap", keep_ratio=0.5), checkpoints]
+
+    return callbacks
+
+
+TASK = {"distillation": 0.5, "max_steps": 14, "enable_checkpointing": True}
+
+
+@pytest.fixture(scope="module")
+def original(restless, chapters, tmp_path_factory):
+    """Mode -> losses and checkpoints (every 4 steps) of an uninterrupted run of two epochs."""
+    setup = Setup(restless, chapters, tmp_path_factory.mktemp("original"))
+    known = {}
+
+    def run(mode):
+        if mode not in known:
+            folder = setup.folder / "checkpoints" / mode
+            losses = setup.fit(mode, callbacks=keeping(folder, every_n_train_steps=4), **TASK)
+            known[mode] = losses[0], folder
+        return known[mode]
+
+    return run
+
+
+@pytest.fixture
+def quiet(restless, chapters, tmp_path):
+    return Setup(restless, chapters, tmp_path)
+
+
+@pytest.mark.parametrize("step", [4, 12])
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_within_an_epoch(quiet, original, mode, step):
+    losses, folder = original(mode)
+    callbacks = keeping(quiet.folder / "new", every_n_train_steps=100)
+    resumed = quiet.fit(mode, callbacks=callbacks, resume=str(folder / f"step={step}.ckpt"), **TASK)
+    assert resumed[0] == losses[step:]
+
+
+@pytest.mark.parametrize("mode", ["single", "zero3"])
+@pytest.mark.parametrize("ends", [{"max_steps": 20}, {"max_steps": -1, "max_epochs": 2}])
+@pytest.mark.parametrize("validation", [0, 1])
+def test_resumed_at_the_end_of_an_epoch(quiet, mode, ends, validation):
+    options = {**TASK, **ends, "limit_val_batches": validation}
+    at_the_end = {} if validation else {"save_on_train_epoch_end": True}
+    folder = quiet.folder / "checkpoints"
+    losses = quiet.fit(mode, callbacks=keeping(folder, **at_the_end), **options)[0]
+    steps = min(int(path.stem.partition("=")[2]) for path in folder.glob("step=*"))
+    assert 5 < steps < 20, "of an epoch"
+    again = keeping(quiet.folder / "new")
+    first = str(folder / f"step={steps}.ckpt")
+    resumed = quiet.fit(mode, callbacks=again, resume=first, **options)
+    assert resumed[0] == losses[steps:]
+    assert len(losses) == (20 if ends["max_steps"] == 20 else 2 * steps)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("zero2", "zero3"),
+        ("zero3", "zero2"),
+        ("zero1", "zero2"),
+        ("zero3", "zero3 on 1"),
+        ("zero2", "zero1 on 1"),
+        ("zero3", "zero3 on 4"),
+    ],
+)
+def test_another_stage_or_another_number_of_ranks(checkpoint, chapters, tmp_path, before, after):
+    setup = Setup(checkpoint, chapters, tmp_path)
+    folder = tmp_path / "checkpoints"
+    task = {**TASK, "max_steps": 10}
+    losses = setup.fit(before, callbacks=keeping(folder, every_n_train_steps=4), **task)[0]
+    mode, _, ranks = after.partition(" on ")
+    world = int(ranks or 2)
+    kind = MODES[mode][0]
+    MODES["other"] = (kind, world)
+    try:
+        resumed = setup.fit(
+            "other",
+            callbacks=keeping(tmp_path / "new", every_n_train_steps=100),
+            resume=str(folder / "step=4.ckpt"),
+            **task,
+        )
+    finally:
+        del MODES["other"]
+    assert resumed[0] == pytest.approx(losses[4:], abs=1e-5)
+
+
+def test_weights_of_a_checkpoint_are_evaluated_alone(quiet, original):
+    """validate loads a ZeRO-3 checkpoint of a pruned model, whose plan it takes from there."""
+    _, folder = original("zero3")
+    _, other = original("zero2")
+
+    def loss(trainer, module):
+        return float(trainer.callback_metrics["validation/loss"])
+
+    found = []
+    for mode, path in (("zero3", folder), ("zero2", other)):
+        found += quiet.validate(mode, str(path / "step=12.ckpt"), look=loss)
+    assert found[0] == pytest.approx(found[2], abs=1e-5)
+    assert found[0] == found[1]
+
+
+def test_a_missing_share_is_named(quiet, original):
+    _, folder = original("zero3")
+    broken = quiet.folder / "broken.ckpt"
+    shutil.copytree(folder / "step=4.ckpt", broken)
+    (broken / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(RuntimeError, match="written by 2 ranks, but zero_pp_rank_1.*is missing"):
+        quiet.fit("zero3", resume=str(broken), **TASK)
+
+
+def test_one_file_and_a_folder_are_told_apart(quiet, original):
+    _, sharded = original("zero3")
+    _, single = original("ddp")
+    with pytest.raises(RuntimeError, match="resume it with --trainer.strategy zero3 --trainer.dev"):
+        quiet.fit("ddp", callbacks=keeping(quiet.folder), resume=str(sharded / "last.ckpt"), **TASK)
+    with pytest.raises(RuntimeError, match="in one file.*--trainer.strategy auto or ddp"):
+        quiet.fit(
+            "zero3", callbacks=keeping(quiet.folder), resume=str(single / "last.ckpt"), **TASK
+        )
+
+
+def test_another_plan_is_refused(quiet, original):
+    _, folder = original("zero3")
+
+    def others():
+        return [OneShotPruning("random", keep_ratio=0.25)]
+
+    def forget(trainer, module):
+        return None
+
+    with pytest.raises(RuntimeError, match="written under another plan"):
+        quiet.fit(
+            "zero3",
+            callbacks=others,
+            resume=str(folder / "step=4.ckpt"),
+            tell_module=False,
+            **TASK,
+        )
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    target = tmp_path / "last.ckpt"
+
+    def write(text, error=None):
+        with written_together(target, is_first_rank=True, barrier=lambda _: None) as folder:
+            (folder / "checkpoint").mkdir()
+            (folder / "share.pt").write_text(text)
+            if error is not None:
+                raise error
+
+    write("first")
+    with pytest.raises(LitMoEError, match="could not be written.*still there"):
+        write("second", OSError(28, "No space left on device"))
+    assert (target / "share.pt").read_text() == "first"
+    write("third")
+    assert (target / "share.pt").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    target.rename(tmp_path / ".last.ckpt.replaced")  # killed between two renames
+    assert newest_checkpoint([tmp_path]) == target
+    assert (target / "share.pt").read_text() == "third"
