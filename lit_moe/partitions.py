@@ -42,6 +42,12 @@ def mark_managed(module: nn.Module) -> None:
         vars(part)[_MANAGED] = True
 
 
+def mark_released(module: nn.Module) -> None:
+    """Note that no engine looks after ``module`` any more."""
+    for part in module.modules():
+        vars(part).pop(_MANAGED, None)
+
+
 @contextmanager
 def loading_partitioned(config: Mapping[str, Any] | None) -> Iterator[None]:
     """Let transformers load models straight into partitions inside the block.

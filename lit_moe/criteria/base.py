@@ -5,16 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import LitMoEError
-from lit_moe.stats.observation import LayerStats, Observation
+from lit_moe.stats.gradient_stats import GradientObservation, GradientStats
+from lit_moe.stats.gradients import observe_gradients
+from lit_moe.stats.observation import Gathered, LayerStats, Observation
 
-Need = Literal["routing", "weights", "forward"]
+T = TypeVar("T")
+Need = Literal["routing", "weights", "forward", "pairs", "vocabulary", "outputs", "gradients"]
+"""``pairs``, ``vocabulary`` and ``outputs`` are what ``routing`` must gather beside the usual."""
 
 
 @dataclass(frozen=True)
@@ -23,26 +27,33 @@ class Evidence:
 
     Attributes:
         observation: sums of one observed pass; for criteria that need ``routing``.
+        gradients: of one pass forward and backward; for criteria that need ``gradients``.
         model: for criteria that need ``weights`` or ``forward``.
         sites: the MoE layers of ``model``.
-        batches: keyword arguments of the model, for criteria that need ``forward``.
+        batches: keyword arguments of the model, for criteria that need ``forward``, or
+            ``gradients`` that are not given.
         keep: layer name -> experts that will stay, for criteria that rate whole subsets.
         seed: of every random choice.
+        alive: layer name -> experts that a router mask leaves, for criteria that compare an expert
+            with all others; None if nothing is masked.
     """
 
     observation: Observation | None = None
+    gradients: GradientObservation | None = None
     model: PreTrainedModel | None = None
     sites: tuple[MoESite, ...] = ()
     batches: Iterable[Mapping[str, Any]] | None = None
     keep: Mapping[str, int] | None = None
     seed: int = 0
+    alive: Mapping[str, tuple[int, ...]] | None = None
 
     @property
     def num_experts(self) -> dict[str, int]:
-        """Layer name -> number of routed experts, from the sites or else the observation."""
+        """Layer name -> number of routed experts, from the sites or else what was observed."""
         if self.sites:
             return {site.name: site.num_experts for site in self.sites}
-        return self.observation.num_experts if self.observation else {}
+        seen = self.observation or self.gradients
+        return seen.num_experts if seen else {}
 
     def require_observation(self, criterion: str) -> Observation:
         """Return the observation, or say how to get one."""
@@ -52,6 +63,18 @@ class Evidence:
                 f"pass the result of lit_moe.observe(model, batches)"
             )
         return self.observation
+
+    def require_gradients(self, criterion: str) -> GradientObservation:
+        """Return the gradients, taking them if there are a model and batches. Collective then."""
+        if self.gradients is not None:
+            return self.gradients
+        if self.model is None or self.batches is None:
+            raise LitMoEError(
+                f"criterion {criterion!r} scores gradients, which no observation holds: call "
+                f"lit_moe.score(model, {criterion!r}, batches=...), or pass the result of "
+                "lit_moe.stats.observe_gradients(model, batches)"
+            )
+        return observe_gradients(self.model, self.batches)
 
     def require_model(self, criterion: str) -> PreTrainedModel:
         """Return the model, or say that it is missing."""
@@ -125,6 +148,30 @@ class RoutedCriterion(Criterion):
         """Score each layer by itself; see :meth:`Criterion.scores`."""
         observation = evidence.require_observation(self.name)
         return {name: self.layer_scores(stats) for name, stats in observation.layers.items()}
+
+    def require(self, value: T | None, gather: Gathered) -> T:
+        """Return a sum that is not kept by every pass, or say how to have it gathered."""
+        if value is None:
+            raise LitMoEError(
+                f"criterion {self.name!r} needs what the observed pass did not gather: "
+                f"lit_moe.observe(model, batches, gather=[{gather!r}])"
+            )
+        return value
+
+
+class GradientCriterion(Criterion):
+    """A criterion of the numbers that one pass of gradients leaves behind."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
+
+    @abstractmethod
+    def layer_scores(self, stats: GradientStats) -> Tensor:
+        """Return the scores of one layer, shape ``(E,)``, float64."""
+
+    def scores(self, evidence: Evidence) -> dict[str, Tensor]:
+        """Score each layer by itself; see :meth:`Criterion.scores`."""
+        gradients = evidence.require_gradients(self.name)
+        return {name: self.layer_scores(stats) for name, stats in gradients.layers.items()}
 
 
 def routed_mean(total: Tensor, count: Tensor) -> Tensor:

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lit_moe.errors import LitMoEError
-from lit_moe.stats.observation import Observation
 
 UnroutedRule = Literal["keep", "drop", "error"]
+
+
+class Seen(Protocol):
+    """What was observed, routed or by gradients."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        ...
+
+    @property
+    def unrouted(self) -> Mapping[str, tuple[int, ...]]:
+        """Layer name -> experts that saw no token, only for layers that have some."""
+        ...
+
 
 _FORCED = {"keep": math.inf, "drop": -math.inf}
 
 
 def apply_unrouted(
-    scores: Mapping[str, Tensor], observation: Observation, rule: UnroutedRule
+    scores: Mapping[str, Tensor], observation: Seen, rule: UnroutedRule
 ) -> dict[str, Tensor]:
     """Return the scores with the experts that saw no token set by ``rule``.
 
@@ -35,7 +49,7 @@ def apply_unrouted(
     Raises:
         LitMoEError: under ``error``, listing layers and expert ids; or for an unknown rule.
 
-    >>> from lit_moe.stats.observation import LayerStats
+    >>> from lit_moe.stats.observation import LayerStats, Observation
     >>> zeros = torch.zeros(3, dtype=torch.float64)
     >>> stats = LayerStats(4, torch.tensor([4.0, 0.0, 4.0]), *[zeros] * 6)
     >>> scores = {"mlp": torch.tensor([1.0, 5.0, 2.0])}

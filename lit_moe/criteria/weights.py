@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,14 +14,11 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import MoEAdapter, adapter_for
 from lit_moe.adapters.site import MoESite
 from lit_moe.criteria.base import Criterion, Evidence, Need
+from lit_moe.criteria.direction import Extreme
 from lit_moe.criteria.registry import register
 from lit_moe.errors import LitMoEError
-
-MATRICES = ("gate", "up", "down")
-Extreme = Literal["largest", "smallest"]
-
-# Elements cast to float64 at a time: bounds the extra memory to 32 MiB whatever the model.
-_CHUNK = 1 << 22
+from lit_moe.partitions import gathered
+from lit_moe.stats.matrices import CHUNK, matrices_of
 
 
 class WeightCriterion(Criterion):
@@ -38,7 +35,11 @@ class WeightCriterion(Criterion):
         """Score each layer by itself; see :meth:`Criterion.scores`."""
         model = evidence.require_model(self.name)
         adapter = adapter_for(model.config)
-        return {s.name: self.layer_scores(adapter, model, s).cpu() for s in evidence.sites}
+        found = {}
+        for site in evidence.sites:
+            with gathered(model.get_submodule(site.name)):
+                found[site.name] = self.layer_scores(adapter, model, site).cpu()
+        return found
 
 
 @register("weight_norm")
@@ -131,12 +132,12 @@ def mean_over_rms(weights: Mapping[str, Tensor]) -> Tensor:
 
 def _sums(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
     """Return sum of |w| ``(E,)``, sum of w^2 ``(E,)`` and the number of weights of one expert."""
-    matrices = [weights[key] for key in MATRICES if key in weights]
+    matrices = matrices_of(weights)
     absolute = torch.zeros(len(matrices[0]), dtype=torch.float64, device=matrices[0].device)
     square = torch.zeros_like(absolute)
     for matrix in matrices:
         for e, expert in enumerate(matrix):
-            for chunk in expert.reshape(-1).split(_CHUNK):
+            for chunk in expert.reshape(-1).split(CHUNK):
                 absolute[e] += chunk.double().abs().sum()
                 square[e] += chunk.double().square().sum()
     return absolute, square, sum(matrix[0].numel() for matrix in matrices)

@@ -20,7 +20,7 @@ from torch.distributed import default_pg_timeout
 
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
-from lit_moe.partitions import mark_managed
+from lit_moe.partitions import mark_managed, mark_released
 from lit_moe.resuming import CheckpointHeader, read_header
 from lit_moe.sharding.checkpoints import check_sharded, written_together
 from lit_moe.sharding.environment import DeepSpeedLauncherEnvironment
@@ -205,6 +205,16 @@ class MoEDeepSpeed(DeepSpeedStrategy):
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         super()._initialize_deepspeed_inference(model)
         mark_managed(model)
+
+    def release_model(self) -> None:
+        """Take the model out of the engine: no further step, but its experts can be removed.
+
+        Parameters stay where they are; partitioned ones are gathered layer by layer to run.
+        """
+        if isinstance(self.model, nn.Module) and self.model is not self.lightning_module:
+            self.deepspeed_engine.destroy()
+            self.model = self.lightning_module
+            mark_released(self._module)
 
     @property
     def _on_cpu(self) -> bool:

@@ -6,6 +6,7 @@ L layers, E experts (of the widest layer), T tokens, S slots, H hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,9 @@ class RoutedSums(Metric):
         layers = {}
         for name, row in self._row.items():
             width = self.num_experts[name]
-            sums = {key: states["sums"][i, row, :width] for i, key in enumerate(_ROWS)}
+            sums: dict[str, Any] = {
+                key: states["sums"][i, row, :width] for i, key in enumerate(_ROWS)
+            }
             layers[name] = LayerStats(
                 tokens=int(states["tokens"].reshape(-1)[row]),  # torchmetrics squeezes (1,) to ()
                 probability_sum=states["probability"][row, :width],

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 from torch import Tensor
+
+Gathered = Literal["pairs", "vocabulary", "outputs"]
+"""What a pass gathers only when asked: see :class:`LayerStats`."""
+GATHERABLE: tuple[Gathered, ...] = ("pairs", "vocabulary", "outputs")
 
 
 @dataclass(frozen=True)
@@ -14,6 +19,7 @@ class LayerStats:
 
     ``f_e(x)`` is the raw output of expert ``e`` (not multiplied by its routing weight), ``g_e(x)``
     the weight that the model itself gives it, ``p_e(x)`` the router's probability over all experts.
+    The attributes from ``pair_count`` on are None unless the pass was asked to gather them.
 
     Attributes:
         tokens: tokens seen, padding excluded.
@@ -24,6 +30,16 @@ class LayerStats:
         weighted_norm_sum: sum of ``g_e(x) ||f_e(x)||_2``.
         squared_norm_sum: sum of ``||f_e(x)||_2^2``.
         max_abs: largest ``|f_e(x)_j|`` seen; 0 for an expert without tokens.
+        pair_count: tokens routed to both of two experts, shape ``(E, E)``; its diagonal is
+            ``count``. Gathered as ``pairs``.
+        vocabulary_overlap: distinct token ids that both of two experts were sent, shape ``(E, E)``;
+            its diagonal counts those of one expert. Gathered as ``vocabulary``.
+        vocabulary_size: token ids that there are. Gathered as ``vocabulary``.
+        output_sum: sum of ``f_e(x)``, shape ``(E, H)``. Gathered as ``outputs``, like the next.
+        output_square_sum: sum of ``f_e(x)_j^2``, shape ``(E, H)``.
+        direction_sum: sum of ``f_e(x) / ||f_e(x)||_2``, shape ``(E, H)``; an output of 0 adds 0.
+        outlier_count: entries ``f_e(x)_j`` further from the mean of ``f_e(x)`` over its H entries
+            than three of their standard deviations, shape ``(E,)``.
     """
 
     tokens: int
@@ -34,6 +50,14 @@ class LayerStats:
     weighted_norm_sum: Tensor
     squared_norm_sum: Tensor
     max_abs: Tensor
+    _: KW_ONLY
+    pair_count: Tensor | None = None
+    vocabulary_overlap: Tensor | None = None
+    vocabulary_size: int | None = None
+    output_sum: Tensor | None = None
+    output_square_sum: Tensor | None = None
+    direction_sum: Tensor | None = None
+    outlier_count: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 
 import torch
@@ -11,12 +11,12 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_moe.adapters import count_experts, find_sites
+from lit_moe.adapters import find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import CalibrationError, LitMoEError
 from lit_moe.inference import evaluating
-from lit_moe.stats.accumulators import RoutedSums
-from lit_moe.stats.observation import Observation
+from lit_moe.stats.collected import Collected
+from lit_moe.stats.observation import Gathered, Observation
 from lit_moe.stats.tap import TokenMask, tapped
 
 _MODEL_INPUTS = (
@@ -31,7 +31,11 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 def observe(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = False
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    progress: bool = False,
+    gather: Collection[Gathered] = (),
 ) -> Observation:
     """Run the model once over ``batches`` and return what its routed experts did.
 
@@ -44,28 +48,32 @@ def observe(
         batches: dictionaries with ``input_ids`` (B, S) and optionally ``attention_mask``, decoder
             inputs, or ``pixel_values``; other keys are ignored.
         progress: show a progress bar.
+        gather: what to add up beside the usual, in the same pass: ``pairs`` (which experts work on
+            the same tokens), ``vocabulary`` (which token ids an expert is sent), ``outputs``
+            (moments of the experts' outputs). See :class:`lit_moe.stats.LayerStats`.
 
     Raises:
         NotAnMoEError, UnsupportedModelError: if the model has no experts that can be observed.
         CalibrationError: if there is no batch, if watching changes what the model computes, or
             if activations are not finite (the message names the layer).
+        LitMoEError: if ``gather`` names something that does not exist.
     """
     sites = find_sites(model)
-    sums = RoutedSums(count_experts(sites)).to(model.device)
+    sums = Collected(model, sites, gather)
     with evaluating(model), failing_together():
-        _run(model, sites, sums, _shown(batches, progress))
+        _run(model, sites, sums, shown(batches, progress))
     return sums.observation()
 
 
 def _run(
     model: PreTrainedModel,
     sites: tuple[MoESite, ...],
-    sums: RoutedSums,
+    sums: Collected,
     batches: Iterable[Mapping[str, Tensor]],
 ) -> None:
     mask, checked = TokenMask(), False
     for batch in batches:
-        inputs = _inputs(batch, model.device)
+        inputs = model_inputs(batch, model.device)
         if not checked:
             _check_undisturbed(model, sites, _start(inputs))
             checked = True
@@ -109,7 +117,7 @@ def _check_undisturbed(
     plain = model.base_model(**inputs)[0]
     mask = TokenMask()
     mask.set(inputs)
-    with tapped(model, sites, RoutedSums(count_experts(sites)).to(model.device), mask):
+    with tapped(model, sites, Collected(model, sites, ()), mask):
         watched = model.base_model(**inputs)[0]
     if not plain.isfinite().all():
         return  # NaN differs from NaN; the sums will name the layer
@@ -122,7 +130,8 @@ def _check_undisturbed(
         )
 
 
-def _inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def model_inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return what of a batch a model's forward takes, on a device."""
     return {key: batch[key].to(device) for key in _MODEL_INPUTS if key in batch}
 
 
@@ -131,9 +140,10 @@ def _start(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v[:1] if k == "pixel_values" else v[:1, :_CHECKED] for k, v in inputs.items()}
 
 
-def _shown(
+def shown(
     batches: Iterable[Mapping[str, Tensor]], progress: bool
 ) -> Iterable[Mapping[str, Tensor]]:
+    """Return the batches, with a progress bar around them if ``progress``."""
     if not progress:
         return batches
     total = len(batches) if isinstance(batches, Sized) else None

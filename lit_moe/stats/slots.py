@@ -30,6 +30,20 @@ class Slots:
     outputs: Tensor
     token_ids: Tensor
 
+    def sorted_by_expert(self, counted_S: Tensor) -> Slots:
+        """Return the slots for which ``counted_S`` is True, in the order of their experts.
+
+        No copy if that is all of them as they are.
+        """
+        rising = bool((self.expert_ids[1:] >= self.expert_ids[:-1]).all())
+        if rising and bool(counted_S.all()):
+            return self
+        rows = counted_S.nonzero().flatten()
+        rows = rows[torch.argsort(self.expert_ids[rows], stable=True)]
+        return Slots(
+            self.expert_ids[rows], self.gates[rows], self.outputs[rows], self.token_ids[rows]
+        )
+
 
 OnSlots = Callable[[Slots], None]
 

@@ -11,10 +11,11 @@ import torch
 
 from lit_moe.adapters import find_sites
 from lit_moe.criteria import Evidence, available, get_criterion
+from lit_moe.stats import GradientObservation, GradientStats
 from lit_moe.stats.observation import LayerStats, Observation
 from lit_moe.testing import example_inputs, tiny_moe
 
-NUM_EXPERTS = 6
+NUM_EXPERTS, HIDDEN = 6, 7
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,29 @@ class Row:
     rtol: float = 1e-12
 
 
-ROUTING, WEIGHTS, FORWARD = (frozenset({need}) for need in ("routing", "weights", "forward"))
+ROUTING, WEIGHTS, FORWARD, GRADIENTS = (
+    frozenset({need}) for need in ("routing", "weights", "forward", "gradients")
+)
+PAIRS, VOCABULARY, OUTPUTS = (ROUTING | {kind} for kind in ("pairs", "vocabulary", "outputs"))
 
 TABLE: Mapping[str, Row] = {
     "aimer": Row(WEIGHTS),
+    "eae": Row(OUTPUTS),
+    "ean": Row(OUTPUTS),
     "ean_mean": Row(ROUTING),
     "ean_sum": Row(ROUTING),
+    "eao": Row(OUTPUTS),
+    "eas": Row(OUTPUTS),
+    "ecc": Row(PAIRS),
+    "ege": Row(GRADIENTS),
+    "egn": Row(GRADIENTS),
+    "ego": Row(GRADIENTS),
+    "egs": Row(GRADIENTS),
+    "ets": Row(VOCABULARY),
+    "euf": Row(ROUTING),
+    "evtc": Row(VOCABULARY),
+    "ewn": Row(WEIGHTS),
+    "ews": Row(WEIGHTS, rtol=1e-4),
     "frequency": Row(ROUTING),
     "gate_sum": Row(ROUTING),
     "man": Row(ROUTING),
@@ -47,9 +65,11 @@ TABLE: Mapping[str, Row] = {
     "random": Row(frozenset(), permutes=False),
     "reap": Row(ROUTING),
     "router_norm": Row(WEIGHTS),
+    "rwn": Row(WEIGHTS),
     "soft_count": Row(ROUTING),
     "weight_norm": Row(WEIGHTS),
     "weighted_ean_sum": Row(ROUTING),
+    "wsr": Row(WEIGHTS),
 }
 
 
@@ -66,6 +86,7 @@ def evidence():
     layers = {site.name: random_stats(generator) for site in sites}
     return Evidence(
         observation=Observation(layers),
+        gradients=GradientObservation({s.name: random_gradients(generator) for s in sites}, 9),
         model=model,
         sites=sites,
         batches=[example_inputs(model)],
@@ -75,10 +96,33 @@ def evidence():
 
 
 def random_stats(generator):
-    count = torch.randint(1, 90, (NUM_EXPERTS,), generator=generator).double()
+    count = 1 + torch.randperm(89, generator=generator)[:NUM_EXPERTS].double()
     count[4] = 0
     sums = [torch.rand(NUM_EXPERTS, generator=generator).double() * count for _ in range(6)]
-    return LayerStats(100, count, *sums)
+    pairs, overlap = (
+        torch.randint(1, 50, (NUM_EXPERTS, NUM_EXPERTS), generator=generator).double()
+        for _ in range(2)
+    )
+    first, direction = torch.randn(2, NUM_EXPERTS, HIDDEN, generator=generator).double()
+    return LayerStats(
+        100,
+        count,
+        *sums,
+        pair_count=pairs + pairs.T,
+        vocabulary_overlap=overlap + overlap.T,
+        vocabulary_size=200,
+        output_sum=first,
+        output_square_sum=first.square() + count[:, None],
+        direction_sum=direction,
+        outlier_count=torch.rand(NUM_EXPERTS, generator=generator).double(),
+    )
+
+
+def random_gradients(generator):
+    flat = torch.randn(NUM_EXPERTS, 20, generator=generator).double()
+    deviation = torch.rand(NUM_EXPERTS, HIDDEN, generator=generator).double()
+    outliers = torch.rand(NUM_EXPERTS, generator=generator).double()
+    return GradientStats(flat @ flat.T, deviation, outliers)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -113,7 +157,8 @@ def test_same_seed_gives_the_same_scores(name, evidence):
 @pytest.mark.parametrize("name", TABLE)
 def test_evidence_is_left_as_it_was(name, evidence):
     tensors = [*evidence.model.state_dict().values()]
-    tensors += [t for s in evidence.observation.layers.values() for t in tensors_of(s).values()]
+    for seen in (evidence.observation, evidence.gradients):
+        tensors += [t for s in seen.layers.values() for t in tensors_of(s).values()]
     before = [tensor.clone() for tensor in tensors]
     get_criterion(name).scores(evidence)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
@@ -130,16 +175,23 @@ def test_relabelling_experts_relabels_scores(name, evidence):
 
 def relabelled(evidence, order):
     """Return evidence of the same model with expert ``order[i]`` at place ``i``."""
-    layers = {
-        name: replace(stats, **{key: value[order] for key, value in tensors_of(stats).items()})
-        for name, stats in evidence.observation.layers.items()
-    }
+    observation, gradients = (
+        replace(seen, layers={name: moved(stats, order) for name, stats in seen.layers.items()})
+        for seen in (evidence.observation, evidence.gradients)
+    )
     model = tiny_moe("mixtral", num_experts=NUM_EXPERTS)
     for site in evidence.sites:
         for axis in site.axes:
             parameter = model.get_parameter(axis.name)
             parameter.data = parameter.data.index_select(axis.dim, order)
-    return replace(evidence, observation=Observation(layers), model=model)
+    return replace(evidence, observation=observation, gradients=gradients, model=model)
+
+
+def moved(stats, order):
+    """Relabel the first axis, and the second where it counts experts too."""
+    changes = {key: value[order] for key, value in tensors_of(stats).items()}
+    square = {k: v[:, order] for k, v in changes.items() if v.shape == (len(order),) * 2}
+    return replace(stats, **{**changes, **square})
 
 
 def tensors_of(stats):
