@@ -32,6 +32,7 @@ examples:
   lit-moe fit --config configs/quickstart.yaml
   lit-moe fit --config configs/one_shot/reap.yaml --model.init_args.model_name_or_path FOLDER
   lit-moe inspect FOLDER_OR_HUB_ID
+  lit-moe inspect FOLDER_OR_HUB_ID --ranks 8 --stage 3 --teacher
 
 lit-moe <command> --help lists the options of a command.
 `lightning` and `python -m lit_moe` are the same program.
@@ -124,24 +125,52 @@ def _inspect(args: list[str]) -> int:
     )
     parser.add_argument("model", help="folder, hub id, or `embedded`")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    refit = parser.add_argument_group("memory of a closed-form refit")
-    refit.add_argument("--refit", action="store_true", help="say what it would hold, and where")
-    refit.add_argument("--tokens", type=int, default=65536, help="calibration tokens")
-    refit.add_argument("--memory-gib", type=float, default=4.0, help="as in Refit's options")
+    _add_refit_options(parser)
+    _add_rank_options(parser)
     options = parser.parse_args(args)
 
     from rich.console import Console
 
     from lit_moe.assets import resolve_model
-    from lit_moe.inspection import RefitRequest, inspect_model, render
+    from lit_moe.inspection import RankRequest, RefitRequest, inspect_model, render
 
-    request = RefitRequest(options.tokens, options.memory_gib) if options.refit else None
-    inspection = inspect_model(resolve_model(options.model), refit=request)
+    refit = RefitRequest(options.tokens, options.memory_gib) if options.refit else None
+    ranks = None
+    if options.ranks is not None:
+        fields = ("ranks", "stage", "offload", "precision", "keep_ratio", "teacher")
+        ranks = RankRequest(
+            **{name: getattr(options, name) for name in fields},
+            tokens_per_rank=options.tokens_per_rank,
+        )
+    inspection = inspect_model(resolve_model(options.model), refit=refit, ranks=ranks)
     if options.json:
         print(json.dumps(inspection.to_dict(), indent=2))
     else:
         Console().print(render(inspection))
     return 0
+
+
+def _add_refit_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory of a closed-form refit")
+    group.add_argument("--refit", action="store_true", help="say what it would hold, and where")
+    group.add_argument("--tokens", type=int, default=65536, help="calibration tokens")
+    group.add_argument("--memory-gib", type=float, default=4.0, help="as in Refit's options")
+
+
+def _add_rank_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory of one rank of a run under DeepSpeed")
+    group.add_argument("--ranks", type=int, help="processes on all machines, one per device")
+    group.add_argument("--stage", type=int, default=3, help="of ZeRO: 1, 2 or 3 (default)")
+    group.add_argument(
+        "--offload",
+        choices=("none", "optimizer", "parameters", "both"),
+        default="none",
+        help="what lies on the host instead of the device",
+    )
+    group.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    group.add_argument("--keep-ratio", type=float, default=0.5, help="experts that stay")
+    group.add_argument("--teacher", action="store_true", help="distillation: keep the whole model")
+    group.add_argument("--tokens-per-rank", type=int, help="of one forward: estimate activations")
 
 
 def _foreign(args: list[str]) -> int:
@@ -162,7 +191,7 @@ def _silence_third_parties() -> None:
         ".*LeafSpec.*is deprecated.*",  # lightning's use of torch's pytree
         ".*args parameter is intended to run from within Python.*",  # we take our own words out
         ".*does not have many workers.*",  # blocks are in memory: workers only cost
-        ".*all_gather_into_tensor.*deprecated.*",  # deepspeed's use of torch.distributed
+        ".*torch.distributed.*is deprecated.*",  # deepspeed's use of it
         ".*in eval mode at the start of training.*",  # the frozen teacher is meant to be
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -24,6 +24,8 @@ from lit_moe.inspection.findings import (
     nearest,
 )
 from lit_moe.inspection.parts import size_of_parts
+from lit_moe.inspection.rank_needs import rank_needs
+from lit_moe.inspection.ranks import RankRequest
 from lit_moe.inspection.refit_needs import refit_needs
 
 KEEP_RATIOS = (0.75, 0.5, 0.25)
@@ -34,6 +36,7 @@ def inspect_model(
     *,
     trust_remote_code: bool | None = None,
     refit: RefitRequest | None = None,
+    ranks: RankRequest | None = None,
 ) -> Inspection:
     """Describe a checkpoint by its config: a local folder or a hub id.
 
@@ -41,6 +44,7 @@ def inspect_model(
         name_or_path: where the config is.
         trust_remote_code: run model code that comes with the checkpoint.
         refit: also tell what a refit would hold in memory.
+        ranks: also tell what one rank of a sharded run would hold in memory.
 
     Raises:
         NotAnMoEError: if the model is dense.
@@ -69,6 +73,7 @@ def inspect_model(
         savings=tuple(_savings(model, sites, layers, parts)),
         notes=tuple(_notes(config, sites, parts)),
         refit=() if refit is None else tuple(refit_needs(model, sites, layers, refit, dtype)),
+        ranks=None if ranks is None else rank_needs(model, sites, layers, ranks),
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lit_moe.inspection.ranks import RankNeeds
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -126,6 +128,7 @@ class Inspection:
         savings: one for each keep ratio.
         notes: sentences that a reader of the numbers must know.
         refit: what closed-form refits would need, if that was asked for.
+        ranks: what one rank of a sharded run would hold, if that was asked for.
     """
 
     name: str
@@ -140,6 +143,7 @@ class Inspection:
     savings: tuple[Saving, ...]
     notes: tuple[str, ...] = ()
     refit: tuple[RefitNeeds, ...] = ()
+    ranks: RankNeeds | None = None
 
     @property
     def bytes(self) -> int:
@@ -148,7 +152,12 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {**dataclasses.asdict(self), "bytes": self.bytes}
+        values = {**dataclasses.asdict(self), "bytes": self.bytes}
+        if self.ranks is not None:
+            for moment in ("whole", "pruned"):
+                peak = getattr(self.ranks, moment).peak
+                values["ranks"][moment]["peak"] = dataclasses.asdict(peak)
+        return values
 
 
 def nearest(legal: Sequence[int], wanted: float) -> int:

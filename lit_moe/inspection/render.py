@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_moe.inspection.findings import Inspection, Layer
+from lit_moe.inspection.render_ranks import render_ranks
 from lit_moe.quantities import count, ids_as_ranges, size
 
 _FIRST_NUMBER = re.compile(r"\d+")
@@ -29,6 +30,8 @@ def render(inspection: Inspection) -> RenderableType:
     ]
     if inspection.refit:
         tables.append(_refit(inspection))
+    if inspection.ranks:
+        tables.append(render_ranks(inspection.ranks))
     return Group(*tables, *notes)
 
 
