@@ -6,7 +6,9 @@ if __name__ != "lit_moe.callbacks":
     )
 
 from lit_moe.callbacks.export import ExportModel as ExportModel
+from lit_moe.callbacks.iterative import IterativePruning as IterativePruning
 from lit_moe.callbacks.monitor import ExpertMonitor as ExpertMonitor
 from lit_moe.callbacks.one_shot import OneShotPruning as OneShotPruning
 from lit_moe.callbacks.refit import Refit as Refit
 from lit_moe.callbacks.report import ReportWriter as ReportWriter
+from lit_moe.callbacks.weight_sparsity import WeightPruning as WeightPruning

@@ -22,6 +22,7 @@ def to_markdown(report: RunReport, *, figures: Sequence[str] = ()) -> str:
         _domains(report),
         _warnings(report),
         _choice(report),
+        _sparsity(report),
         _refit(report),
         "\n".join(f"![{name}]({name})\n" for name in figures),
         _layers(report),
@@ -74,6 +75,31 @@ def _choice(report: RunReport) -> str:
         if (difference := report.export.max_abs_logit_difference) is not None:
             lines.append(f"- largest logit difference after reloading it: {difference:.3g}")
     return "## What was done\n\n" + "\n".join(lines) + "\n"
+
+
+def _sparsity(report: RunReport) -> str:
+    sparsity = report.sparsity
+    if sparsity is None:
+        return ""
+    matrices = list(dict.fromkeys(m for layer in sparsity.zeros.values() for m in layer))
+    rows = [
+        [f"`{name}`", *("-" if m not in layer else f"{layer[m]:.2%}" for m in matrices)]
+        for name, layer in sparsity.zeros.items()
+    ]
+    lines = [
+        f"- `{sparsity.method}`, {sparsity.pattern} of the inputs of each neuron asked for",
+        f"- statistics of each layer with all earlier layers {sparsity.earlier}",
+        "- zeros are stored like other weights: by themselves they save neither memory nor time",
+    ]
+    if report.calibration.tokens:
+        lines.insert(2, f"- observed on {report.calibration.tokens:,} tokens")
+    if sparsity.steps:
+        lines.insert(2, f"- kept through {sparsity.steps:,} training steps")
+    if sparsity.unrouted:
+        total = sum(map(len, sparsity.unrouted.values()))
+        lines.insert(2, f"- experts that saw no calibration token: {total}")
+    head = ["fraction of zeros", *matrices]
+    return "## Zeros in the experts\n\n" + "\n".join(lines) + "\n\n" + _table(head, rows)
 
 
 def _refit(report: RunReport) -> str:

@@ -13,6 +13,7 @@ from lit_moe.evaluate import Quality
 from lit_moe.plan import KeepPlan
 from lit_moe.refit.report import RefitReport
 from lit_moe.report.coding import from_plain, to_plain
+from lit_moe.sparsity.report import SparsityReport
 
 PACKAGES = ("torch", "transformers", "lightning", "deepspeed", "numpy")
 """Packages whose versions a report names, if they are installed."""
@@ -89,7 +90,9 @@ class RunReport:
         protected: layer -> experts that were kept whatever their score; only layers with some.
         shared_experts: what happened to experts that every token uses.
         refit: what the closed-form refit did, None if there was none.
-        quality: stage (``before``, ``pruned``, ``refitted``, ``recovered``) -> quality, in order.
+        sparsity: zeros among the weights of experts, None if none were asked for.
+        quality: stage (``before``, ``pruned``, ``thinned`` where weights went after experts,
+            ``refitted``, ``recovered``) -> quality, in order.
         export: the exported folder, None if there is none.
         warnings: sentences that a reader of the numbers must know.
     """
@@ -111,6 +114,7 @@ class RunReport:
     protected: dict[str, list[int]] = field(default_factory=dict)
     shared_experts: str = "not scored, not removed"
     refit: RefitReport | None = None
+    sparsity: SparsityReport | None = None
     quality: dict[str, Quality] = field(default_factory=dict)
     export: Export | None = None
     warnings: list[str] = field(default_factory=list)
