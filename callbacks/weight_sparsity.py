@@ -19,6 +19,7 @@ from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import ReportWriter, report_writer
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
+from lit_moe.partitions import is_partitioned
 from lit_moe.sparsity import (
     CubicSchedule,
     SparsityOptions,
@@ -151,10 +152,10 @@ class WeightPruning(Callback):
         if step == self._decided_at:
             return  # gradients are still being accumulated
         self._decided_at = step
-        if self.schedule is not None and self.schedule.decides(step):
-            self._decide(pl_module, self.schedule.progress(step))
         for parameter, zeros in self._held:
             zero_(parameter, zeros)
+        if self.schedule is not None and self.schedule.decides(step):
+            self._decide(pl_module, self.schedule.progress(step))
         if self._record is not None:
             self._record.steps += 1
 
@@ -189,6 +190,11 @@ class WeightPruning(Callback):
 
     def _check(self, trainer: Trainer, module: MoEModule) -> None:
         model = module.built_model
+        if is_partitioned(model):
+            raise LitMoEError(
+                "WeightPruning writes into whole matrices, but the strategy loads the model in "
+                "shares: set shard_on_load: false in trainer.strategy.init_args"
+            )
         if self.replayed is not None:
             self.replayed.check_fits(shapes_of(model), family=model.config.model_type)
             return
@@ -268,14 +274,10 @@ class WeightPruning(Callback):
         model = module.built_model
         for name, zeros in parameter_zeros(model, self.masks).items():
             parameter = model.get_parameter(name)
-            if hasattr(parameter, "ds_tensor"):
-                raise LitMoEError(
-                    f"{name} is spread over ranks (ZeRO-3), where WeightPruning cannot keep zeros "
-                    "in training yet; take strategy ddp, zero1 or zero2, or max_steps: 0"
-                )
             self._held.append((parameter, zeros))
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_hook(_kept_zero(zeros)))
+            zero_(parameter, zeros)  # master weights of a checkpoint may lack the last zeros
 
     def _release(self) -> None:
         while self._hooks:

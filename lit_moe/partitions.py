@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 _MANAGED = "managed_by_an_engine"
@@ -188,3 +189,22 @@ def copy_partitions(source: nn.Module, target: nn.Module) -> None:
     buffers = dict(source.named_buffers())
     for name, buffer in target.named_buffers():
         buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def zero_shard_(parameter: Any, zeros: Tensor) -> None:
+    """Set entries of a partitioned parameter to exactly 0, in this rank's share and its master.
+
+    Args:
+        parameter: partitioned; an engine may manage it.
+        zeros: True where a zero belongs, in the shape of the whole parameter.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    size = parameter.ds_tensor.numel()
+    mine = zeros.flatten()[dist.get_rank() * size :][:size]
+    shares = [parameter.ds_tensor]
+    if hasattr(parameter, "_z3_optimizer"):
+        shares.append(safe_get_local_fp32_param(parameter))
+    for share in shares:
+        share.view(-1)[: mine.numel()].masked_fill_(mine.to(share.device), 0.0)

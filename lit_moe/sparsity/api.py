@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import MoESite, adapter_for, find_sites
 from lit_moe.errors import CalibrationError, LitMoEError
 from lit_moe.models import sharing_copy
+from lit_moe.partitions import gathered
 from lit_moe.sparsity.calibration import observe_inputs, walk_layers
 from lit_moe.sparsity.layers import check_widths, matrices_of, thin_layer
 from lit_moe.sparsity.layout import shapes_of, write_matrices, zero_matrices
@@ -147,9 +148,10 @@ def masks_from_moments(
     work = _Work(model, options, None)
     pattern = options.parsed.at(progress)
     for site in work.sites:
-        weights = work.adapter.expert_weights(model, site)
-        thinned = thin_layer(site.name, weights, moments.get(site.name), options, pattern)
-        work.note(site, thinned.keep, thinned.unrouted)
+        with gathered(model.get_submodule(site.experts)):
+            weights = work.adapter.expert_weights(model, site)
+            thinned = thin_layer(site.name, weights, moments.get(site.name), options, pattern)
+            work.note(site, thinned.keep, thinned.unrouted)
     return work.result().masks
 
 
@@ -159,11 +161,12 @@ def measure_sparsity(model: PreTrainedModel) -> dict[str, dict[str, float]]:
     adapter = adapter_for(model.config)
     found = {}
     for site in find_sites(model):
-        weights = adapter.expert_weights(model, site)
-        found[site.name] = {
-            name: 1 - int(torch.count_nonzero(weights[name])) / weights[name].numel()
-            for name in matrices_of(weights)
-        }
+        with gathered(model.get_submodule(site.experts)):
+            weights = adapter.expert_weights(model, site)
+            found[site.name] = {
+                name: 1 - int(torch.count_nonzero(weights[name])) / weights[name].numel()
+                for name in matrices_of(weights)
+            }
     return found
 
 

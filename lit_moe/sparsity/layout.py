@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.adapters.base import MoEAdapter
 from lit_moe.adapters.site import MoESite
+from lit_moe.partitions import gathered, zero_shard_
 from lit_moe.sparsity.layers import matrices_of
 from lit_moe.sparsity.masks import WeightMasks
 
@@ -26,8 +27,9 @@ def shapes_of(model: PreTrainedModel) -> dict[str, dict[str, tuple[int, ...]]]:
     adapter = adapter_for(model.config)
     found = {}
     for site in find_sites(model):
-        weights = adapter.expert_weights(model, site)
-        found[site.name] = {name: tuple(weights[name].shape) for name in matrices_of(weights)}
+        with gathered(model.get_submodule(site.experts)):
+            weights = adapter.expert_weights(model, site)
+            found[site.name] = {name: tuple(weights[name].shape) for name in matrices_of(weights)}
     return found
 
 
@@ -113,10 +115,13 @@ def parameter_zeros(model: PreTrainedModel, masks: WeightMasks) -> dict[str, Ten
 def zero_(parameter: Tensor, zeros: Tensor) -> None:
     """Set entries of a parameter to exactly 0, in place.
 
-    This is the only thing done after an optimizer's step. Where a strategy keeps parameters in
-    parts, call it with a part and the same part of ``zeros``.
+    This is the only thing done after an optimizer's step. Of a parameter that is spread over ranks
+    each rank sets its share.
     """
-    parameter.masked_fill_(zeros, 0.0)
+    if hasattr(parameter, "ds_tensor"):
+        zero_shard_(parameter, zeros)
+    else:
+        parameter.masked_fill_(zeros, 0.0)
 
 
 def zero_gradient(gradient: Tensor, zeros: Tensor) -> Tensor:
