@@ -70,3 +70,18 @@ def test_a_masked_model_equals_the_cut_model_to_rounding():
         lit_moe.shrink(model, plan)
         # A softmax over 16 entries, 8 of them 0, adds up in another order than one over 8.
         torch.testing.assert_close(model(ids).logits, masked, rtol=0, atol=1e-5)
+
+
+def test_every_test_that_the_scale_table_names_exists():
+    table = README.split("**What runs where.**")[1].split("A dash means")[0]
+    names = re.findall(r"`(test_\w+)`", table)
+    assert len(names) > 10
+    sources = "".join(path.read_text() for path in (ROOT / "tests/distributed").glob("*.py"))
+    for name in names:
+        assert f"def {name}(" in sources, name
+
+
+def test_every_table_of_a_benchmark_is_the_one_that_was_measured():
+    results = ROOT / "tests/benchmarks/results"
+    for name in ("calibration", "scale"):
+        assert (results / f"{name}.md").read_text().strip() in README, name

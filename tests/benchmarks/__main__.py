@@ -4,7 +4,16 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-BENCHMARKS = ("calibration", "train_step", "surgery_export", "pruning_curves", "scale", "mc_suite", "sparsity", "refit")
+BENCHMARKS = (
+    "calibration",
+    "train_step",
+    "surgery_export",
+    "pruning_curves",
+    "scale",
+    "mc_suite",
+    "sparsity",
+    "refit",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+import pytest
 
 from lit_moe import MoEModule
 from lit_moe.data import TextDataModule
@@ -23,6 +24,11 @@ MODES: dict[str, tuple[Any, int]] = {
     "zero3": (3, 2),
     "zero3-sharded-load": ("sharded", 2),
 }
+
+
+def some(first, slow):
+    """Modes as parameters: the first in every run of the tests, the others in `make test-all`."""
+    return [*first, *[pytest.param(mode, marks=pytest.mark.slow) for mode in slow]]
 
 
 def strategy_of(mode):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.runs import some
+
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
 CHECKPOINTS = "lightning.pytorch.callbacks.ModelCheckpoint"
@@ -98,7 +100,7 @@ def uninterrupted(restless, chapters, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("strategy", ["zero3", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", some(["zero3"], ["ddp", "zero1", "zero2"]))
 def test_all_ranks_killed(uninterrupted, restless, chapters, tmp_path, strategy):
     words = command(
         tmp_path, restless, chapters, f"--trainer.strategy={strategy}", "--ckpt_path=last"
@@ -116,12 +118,10 @@ def test_all_ranks_killed(uninterrupted, restless, chapters, tmp_path, strategy)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_dead_rank_takes_the_others_down(restless, chapters, tmp_path, victim):
-    process = start(
-        *command(
-            tmp_path, restless, chapters, "--trainer.strategy=zero3", "--trainer.max_steps=5000"
-        )
-    )
+@pytest.mark.parametrize("strategy", some(["zero3"], ["ddp", "zero1", "zero2"]))
+def test_a_dead_rank_takes_the_others_down(restless, chapters, tmp_path, victim, strategy):
+    options = [f"--trainer.strategy={strategy}", "--trainer.max_steps=5000"]
+    process = start(*command(tmp_path, restless, chapters, *options))
     wait_for_checkpoint(tmp_path, process)
     (other,) = ranks_of(process)
     os.kill(process.pid if victim == 0 else other, signal.SIGKILL)

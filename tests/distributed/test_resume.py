@@ -9,7 +9,7 @@ from lit_moe.callbacks import OneShotPruning
 from lit_moe.errors import LitMoEError
 from lit_moe.resuming import newest_checkpoint
 from lit_moe.sharding.checkpoints import written_together
-from tests.distributed.runs import MODES, Setup
+from tests.distributed.runs import MODES, Setup, some
 
 pytestmark = pytest.mark.distributed
 
@@ -59,7 +59,9 @@ def test_resumed_within_an_epoch(quiet, original, mode, step):
     assert resumed[0] == losses[step:]
 
 
-@pytest.mark.parametrize("mode", ["single", "zero3"])
+@pytest.mark.parametrize(
+    "mode", some(["single", "zero3"], ["ddp", "zero1", "zero2", "zero3-sharded-load"])
+)
 @pytest.mark.parametrize("ends", [{"max_steps": 20}, {"max_steps": -1, "max_epochs": 2}])
 @pytest.mark.parametrize("validation", [0, 1])
 def test_resumed_at_the_end_of_an_epoch(quiet, mode, ends, validation):

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_moe.callbacks import ExportModel, IterativePruning, ReportWriter
 from lit_moe.callbacks.rounds import FineTuning
 from lit_moe.plan import KeepPlan
+from tests.distributed.runs import some
 
 pytestmark = pytest.mark.distributed
 OPTIONS = {"max_steps": -1, "max_epochs": -1, "enable_checkpointing": True}
@@ -31,7 +32,7 @@ def rounds(folder=None, every=100):
     return callbacks
 
 
-@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+@pytest.mark.parametrize("mode", some(["zero2", "zero3"], ["ddp", "zero1", "zero3-sharded-load"]))
 def test_rounds_under_deepspeed_are_those_of_one_process(setup, mode):
     one = setup.fit("single", callbacks=rounds(), **OPTIONS)[0]
     two = setup.fit(mode, callbacks=rounds(), **OPTIONS)[0]

@@ -1,0 +1,129 @@
+"""What ranks must have in common, and what is said when they do not."""
+
+import types
+
+import pytest
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+from lit_moe import MoEModule, agreement, cli
+from lit_moe.agreement import check_versions_agree, lost_contact
+from lit_moe.errors import LitMoEError
+from lit_moe.sharding import DeepSpeedLauncherEnvironment, MoEDeepSpeed
+from lit_moe.testing import run_distributed
+
+
+@pytest.mark.distributed
+def test_different_versions_on_two_ranks_are_named(monkeypatch):
+    def said(rank):
+        found = {**agreement.installed_versions(), "torch": f"2.{rank}"}
+        monkeypatch.setattr(agreement, "installed_versions", lambda: found)
+        try:
+            check_versions_agree()
+        except LitMoEError as error:
+            return str(error)
+        return "nothing"
+
+    for sentence in run_distributed(said):
+        assert sentence.startswith("rank 0 has torch 2.0, but rank 1 has 2.1: install the same")
+
+
+@pytest.mark.distributed
+def test_the_same_versions_pass():
+    assert run_distributed(lambda _: check_versions_agree()) == [None, None]
+
+
+def test_a_stock_deepspeed_strategy_is_refused():
+    module = MoEModule()
+    strategy = object.__new__(DeepSpeedStrategy)
+    module._trainer = types.SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    with pytest.raises(LitMoEError, match=r"take strategy: zero1, zero2, zero3, or class_path"):
+        module._check_strategy()
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"stage": 4}, "stage=4 is no ZeRO stage; there are 1, 2 and 3"),
+        ({"stage": 2, "shard_on_load": True}, "only stage 3 does; the configuration asks for st"),
+        (
+            {"stage": 3, "shard_on_load": True, "config": {"zero_optimization": {"stage": 1}}},
+            "asks for stage 1",
+        ),
+    ],
+)
+def test_impossible_fields_of_the_strategy(fields, sentence):
+    with pytest.raises(LitMoEError, match=sentence):
+        MoEDeepSpeed(**fields)
+
+
+SLURM = {
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NNODES": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NAME": "prune",
+}
+LAUNCHER = {
+    "RANK": "1",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (SLURM, "num_nodes=1"),
+        (LAUNCHER, "started 2 processes on 2 nodes, but trainer.devices=4 and trainer.num_nodes=1"),
+    ],
+)
+def test_a_world_that_the_launcher_did_not_start(monkeypatch, capsys, variables, sentence):
+    for name in (*SLURM, *LAUNCHER, "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["lit-moe"])
+    words = ["fit", "--config=configs/one_shot/reap.yaml", "--trainer.accelerator=cpu"]
+    options = ["--trainer.strategy=zero2", "--trainer.devices=4" if "RANK" in variables else ""]
+    assert (
+        cli.main(
+            [
+                *words,
+                *filter(None, options),
+                *([] if "RANK" in variables else ["--trainer.devices=2"]),
+            ]
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_the_deepspeed_launcher_says_which_machine_this_is(monkeypatch):
+    for name, value in {**LAUNCHER, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NODE_RANK", raising=False)
+    assert DeepSpeedLauncherEnvironment.detect()
+    environment = DeepSpeedLauncherEnvironment()
+    ranks = (environment.global_rank(), environment.local_rank(), environment.node_rank())
+    assert ranks == (1, 0, 1)
+    assert (environment.main_address, environment.main_port) == ("10.0.0.1", 29501)
+    environment.validate_settings(num_devices=1, num_nodes=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:7565"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_a_lost_contact_is_told_from_other_errors(error, lost):
+    assert lost_contact(error) is lost
