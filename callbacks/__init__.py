@@ -7,6 +7,7 @@ if __name__ != "lit_moe.callbacks":
 
 from lit_moe.callbacks.export import ExportModel as ExportModel
 from lit_moe.callbacks.iterative import IterativePruning as IterativePruning
+from lit_moe.callbacks.merge import ExpertMerging as ExpertMerging
 from lit_moe.callbacks.monitor import ExpertMonitor as ExpertMonitor
 from lit_moe.callbacks.one_shot import OneShotPruning as OneShotPruning
 from lit_moe.callbacks.refit import Refit as Refit

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from lit_moe.grouping.partition import average_linkage
 from lit_moe.quantities import with_error
 from lit_moe.report.schema import RunReport
 
@@ -104,6 +106,74 @@ def load_heatmap(report: RunReport, loads: Mapping[str, Tensor]) -> Figure:
     bar.ax.minorticks_off()
     bar.set_label("tokens per expert", fontsize=8)
     return figure
+
+
+def similarity_heatmaps(
+    similarities: Mapping[str, Tensor], groups: Mapping[str, Sequence[Sequence[int]]]
+) -> Figure:
+    """One panel per layer: experts by group, brighter = more alike; each group in a frame."""
+    from matplotlib.patches import Rectangle
+
+    figure, panels = _panels(similarities, 2.6, 2.6)
+    for panel, (layer, similarity) in zip(panels, similarities.items(), strict=False):
+        order = [expert for members in groups[layer] for expert in members]
+        values = similarity.double()[order][:, order].clone()
+        apart = values[~torch.eye(len(values), dtype=torch.bool)]
+        panel.imshow(
+            values.fill_diagonal_(float("nan")).numpy(),
+            cmap="viridis",
+            vmin=float(apart.min()),
+            vmax=float(apart.max()),
+            interpolation="nearest",
+        )
+        start = 0
+        for members in groups[layer]:
+            corner = (start - 0.5, start - 0.5)
+            size, start = len(members), start + len(members)
+            panel.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=_DROPPED, lw=1.2))
+        _number(panel, order)
+        panel.tick_params(labelsize=6)
+    figure.supxlabel("experts, by group", fontsize=9)
+    return figure
+
+
+def dendrograms(similarities: Mapping[str, Tensor]) -> Figure:
+    """One panel per layer: average linkage of the experts, whatever grouped them."""
+    from scipy.cluster.hierarchy import dendrogram
+
+    figure, panels = _panels(similarities, 2.6, 2.0)
+    for panel, similarity in zip(panels, similarities.values(), strict=False):
+        tree = dendrogram(average_linkage(similarity.double().numpy()), no_plot=True)
+        for xs, ys in zip(tree["icoord"], tree["dcoord"], strict=True):
+            panel.plot(xs, ys, color=_KEPT, linewidth=0.8)
+        leaves = tree["leaves"]
+        shown = range(0, len(leaves), max(1, len(leaves) // 16))
+        panel.set_xticks([5 + 10 * i for i in shown], [str(leaves[i]) for i in shown])
+        panel.tick_params(labelsize=6)
+        _bare(panel)
+    figure.supylabel("distance", fontsize=9)
+    return figure
+
+
+def _panels(layers: Mapping[str, Tensor], width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a titled panel per layer."""
+    columns = min(_COLUMNS, len(layers))
+    rows = math.ceil(len(layers) / columns)
+    figure = _figure(width * columns, height * rows + 0.3)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for panel, layer in zip(panels, layers, strict=False):
+        panel.set_title(layer.removeprefix("model."), fontsize=8)
+    for panel in panels[len(layers) :]:
+        panel.set_visible(False)
+    return figure, panels
+
+
+def _number(panel: Axes, ids: Sequence[int]) -> None:
+    """Write some of the ids along both axes."""
+    shown = range(0, len(ids), max(1, len(ids) // 16))
+    names = [str(ids[i]) for i in shown]
+    panel.set_xticks(list(shown), names)
+    panel.set_yticks(list(shown), names)
 
 
 def quality_bars(report: RunReport) -> Figure:

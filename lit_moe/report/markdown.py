@@ -22,6 +22,7 @@ def to_markdown(report: RunReport, *, figures: Sequence[str] = ()) -> str:
         _domains(report),
         _warnings(report),
         _choice(report),
+        _merging(report),
         _sparsity(report),
         _refit(report),
         "\n".join(f"![{name}]({name})\n" for name in figures),
@@ -100,6 +101,35 @@ def _sparsity(report: RunReport) -> str:
         lines.insert(2, f"- experts that saw no calibration token: {total}")
     head = ["fraction of zeros", *matrices]
     return "## Zeros in the experts\n\n" + "\n".join(lines) + "\n\n" + _table(head, rows)
+
+
+def _merging(report: RunReport) -> str:
+    merging = report.merging
+    if merging is None:
+        return ""
+    before = sum(layer.before for layer in merging.layers.values())
+    after = sum(len(layer.groups) for layer in merging.layers.values())
+    lines = [
+        f"- {before} routed experts became {after} ({after / before:.0%})",
+        f"- {merging.recipe}; router rows: {merging.router}",
+    ]
+    if merging.tokens:
+        lines.append(f"- compared on {merging.tokens:,} tokens")
+    if merging.neurons_moved is not None:
+        lines.append(f"- alignment gave {merging.neurons_moved:,} neurons another place")
+    lines.append(f"- shared experts: {report.shared_experts}")
+    rows = [
+        [
+            f"`{name}`",
+            str(layer.before),
+            str(len(layer.groups)),
+            "; ".join(ids_as_ranges(ids) for ids in layer.groups if len(ids) > 1) or "-",
+        ]
+        for name, layer in merging.layers.items()
+    ]
+    images = "\n".join(f"![{name}]({name})\n" for name in merging.figures)
+    table = _table(["layer", "before", "after", "merged"], rows)
+    return "## Merged experts\n\n" + "\n".join(lines) + f"\n\n{table}\n{images}"
 
 
 def _refit(report: RunReport) -> str:

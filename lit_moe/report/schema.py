@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lit_moe
 from lit_moe.evaluate import Quality
+from lit_moe.grouping.report import MergeReport
 from lit_moe.plan import KeepPlan
 from lit_moe.refit.report import RefitReport
 from lit_moe.report.coding import from_plain, to_plain
@@ -91,6 +92,7 @@ class RunReport:
         shared_experts: what happened to experts that every token uses.
         refit: what the closed-form refit did, None if there was none.
         sparsity: zeros among the weights of experts, None if none were asked for.
+        merging: which experts were merged, None if none were asked for.
         quality: stage (``before``, ``pruned``, ``thinned`` where weights went after experts,
             ``refitted``, ``recovered``) -> quality, in order.
         export: the exported folder, None if there is none.
@@ -115,6 +117,7 @@ class RunReport:
     shared_experts: str = "not scored, not removed"
     refit: RefitReport | None = None
     sparsity: SparsityReport | None = None
+    merging: MergeReport | None = None
     quality: dict[str, Quality] = field(default_factory=dict)
     export: Export | None = None
     warnings: list[str] = field(default_factory=list)

@@ -1,0 +1,153 @@
+"""What experts are fed, so that each of them can be asked about tokens that another one serves.
+
+T tokens, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_moe.adapters import MoEAdapter, MoESite, adapter_for
+from lit_moe.errors import CalibrationError, UnsupportedModelError
+from lit_moe.inference import body_inputs, evaluating, run_body
+from lit_moe.stats.tap import TokenMask
+
+Batch = Mapping[str, Tensor]
+
+
+def check_can_be_asked(model: PreTrainedModel, sites: Sequence[MoESite]) -> None:
+    """Refuse families whose experts cannot be run on tokens of our choice.
+
+    Raises:
+        UnsupportedModelError: naming what needs no text.
+    """
+    adapter = adapter_for(model.config)
+    if type(adapter).attach_slots is not MoEAdapter.attach_slots:
+        raise UnsupportedModelError(
+            f"the experts of {model.config.model_type} ({sites[0].name}) are not called with "
+            "tokens and expert ids, so their outputs on the same tokens cannot be compared; take "
+            "a similarity of weights or router rows: weights, surrogate, router"
+        )
+
+
+def expert_inputs(
+    model: PreTrainedModel, sites: Sequence[MoESite], batches: Iterable[Batch], *, max_tokens: int
+) -> dict[str, Tensor]:
+    """Return layer name -> hidden states that its experts are fed, shape ``(T, H)``.
+
+    Collective: the rows of all ranks, in the order in which they were dealt, so that every rank
+    gets what one process would. Padding is left out. Holds layers x T x H numbers.
+
+    Args:
+        model: runs on its own device, as it is.
+        sites: the layers to look at.
+        batches: this rank's rows, every ``world_size``-th.
+        max_tokens: of all ranks, rounded up to whole rows.
+
+    Raises:
+        CalibrationError: if there is no row, or hidden states are not finite.
+    """
+    rows: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    mask, accepted = _RowMask(), body_inputs(model)
+    with evaluating(model), ExitStack() as stack:
+        for site in sites:
+            stack.callback(_record(model, site, rows[site.name], mask))
+        for batch in first_rows(batches, max_tokens):
+            inputs = {k: v.to(model.device) for k, v in batch.items() if k in accepted}
+            mask.set(inputs)
+            run_body(model, inputs)
+    return {name: _together(name, found, model.device) for name, found in rows.items()}
+
+
+def first_rows(batches: Iterable[Batch], max_tokens: int) -> Iterator[dict[str, Tensor]]:
+    """Yield this rank's part of the first rows that hold ``max_tokens`` tokens, padding included.
+
+    Row ``i`` of rank ``r`` of ``w`` is row ``i w + r`` of all.
+    """
+    rank, world_size = (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
+    seen = 0
+    for batch in batches:
+        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+        num_rows, length = next(iter(tensors.values())).shape[:2]
+        wanted = -(-max_tokens // length)
+        mine = min(num_rows, max(0, -(-(wanted - rank) // world_size) - seen))
+        if mine == 0:
+            return
+        yield {k: v[:mine] for k, v in tensors.items()}
+        seen += mine
+
+
+def outputs_of(model: PreTrainedModel, site: MoESite, hidden_TH: Tensor) -> Tensor:
+    """Return what every expert makes of the same tokens, shape ``(E, T, H)``, float32.
+
+    No router takes part, and outputs are not weighted.
+    """
+    adapter, experts = adapter_for(model.config), model.get_submodule(site.experts)
+    slots = 2 if adapter.needs_two_slots else 1
+    weights = torch.zeros(len(hidden_TH), slots, dtype=hidden_TH.dtype, device=hidden_TH.device)
+    weights[:, 0] = 1
+    ids = torch.zeros(weights.shape, dtype=torch.long, device=hidden_TH.device)
+    found = [experts.forward(hidden_TH, ids + e, weights) for e in range(site.num_experts)]
+    return torch.stack([output.reshape(len(hidden_TH), -1).float() for output in found])
+
+
+class _RowMask(TokenMask):
+    """Also knows how many rows the current batch has."""
+
+    num_rows = 0
+
+    def set(self, batch: Batch) -> None:
+        """Read the masks of a batch."""
+        super().set(batch)
+        self.num_rows = len(next(iter(batch.values())))
+
+
+def _record(model: PreTrainedModel, site: MoESite, rows: list[Tensor], mask: _RowMask) -> Any:
+    """Append the hidden states of each row whenever the experts of a layer are called."""
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+        counted = mask.of(site)
+        lengths = _row_lengths(counted, mask.num_rows, len(hidden_TH))
+        if counted is not None:
+            hidden_TH = hidden_TH[counted]
+        rows.extend(hidden_TH.split(lengths))
+
+    experts = model.get_submodule(site.experts)
+    return experts.register_forward_pre_hook(record, with_kwargs=True).remove
+
+
+def _row_lengths(counted: Tensor | None, num_rows: int, num_tokens: int) -> list[int]:
+    if counted is None:
+        return [num_tokens // num_rows] * num_rows
+    return counted.view(num_rows, -1).sum(1).tolist()
+
+
+def _together(layer: str, rows: list[Tensor], device: torch.device) -> Tensor:
+    shares: list[Any] = [rows]
+    if dist.is_available() and dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, [row.cpu() for row in rows])
+    longest = max(map(len, shares))
+    dealt = [share[i] for i in range(longest) for share in shares if i < len(share)]
+    if not dealt or sum(map(len, dealt)) == 0:
+        raise CalibrationError(f"there is no calibration token to compare experts of {layer} on")
+    hidden_TH = torch.cat([row.to(device) for row in dealt])
+    if not hidden_TH.isfinite().all():
+        raise CalibrationError(
+            f"the experts of {layer} are fed NaN or infinity; try dtype float32, or look for a "
+            "damaged weight in an earlier layer"
+        )
+    return hidden_TH
