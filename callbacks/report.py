@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_moe.accounting import count_parameters
+from lit_moe.accounting import count_bytes, count_parameters
 from lit_moe.adapters import find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import NotAnMoEError
@@ -35,6 +34,8 @@ from lit_moe.report import (
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 _MEASURED_BEFORE = (
     "quality",
+    "tasks",
+    "merging",
     "calibration",
     "criterion",
     "unrouted",
@@ -154,9 +155,11 @@ class ReportWriter(Callback):
         """Record parameters and bytes ``before`` or ``after``."""
         model = module.built_model
         parameters, active = count_parameters(model, _sites(model))
-        tensors = chain(model.parameters(), model.buffers())
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        values = {"parameters": parameters, "active_parameters": active, "bytes": size}
+        values = {
+            "parameters": parameters,
+            "active_parameters": active,
+            "bytes": count_bytes(model),
+        }
         for name, value in values.items():
             change: Change = getattr(self.report, name)
             setattr(change, moment, value)
@@ -175,12 +178,15 @@ class ReportWriter(Callback):
         with self.phase(f"evaluate_{stage}"):
             quality = evaluate_perplexity(module.built_model, bar, domains)
         self.report.quality[stage] = quality
+        if hasattr(data, "evaluate"):
+            with self.phase(f"answer_{stage}"):
+                self.report.tasks[stage] = data.evaluate(module.built_model)
         self._log(trainer, stage)
         self.write()
 
     def measure_recovered(self, trainer: Trainer, module: MoEModule) -> None:
         """Record the stage after training, once; nothing if no step was taken."""
-        if trainer.global_step == 0 or "recovered" in self.report.quality:
+        if trainer.global_step == 0 or {"recovered", "trained"} & set(self.report.quality):
             return
         changed = {"pruned", "refitted"} & set(self.report.quality)
         self.measure(trainer, module, "recovered" if changed else "trained")

@@ -50,19 +50,25 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
             self.input_ids[indices], self.domain[indices], self.num_bytes[indices], self.domains
         )
 
-    def share(self, rank: int, world_size: int) -> Blocks:
-        """Return every ``world_size``-th block from block ``rank`` on.
+    def filled(self, world_size: int) -> Blocks:
+        """Return blocks that divide by ``world_size``, with idle ones at the end that fill up.
 
-        All ranks get equally many, because ranks that share one model must run in step: where
-        blocks are short, an idle one that counts for nothing is added.
+        Ranks that share one model must run it equally often.
         """
-        indices = torch.arange(rank, len(self), world_size)
-        if len(indices) == -(-len(self) // world_size):
-            return self.take(indices)
-        filled = self.take(torch.cat([indices, torch.zeros(1, dtype=torch.long)]))
+        missing = -len(self) % world_size
+        if missing == 0:
+            return self
+        indices = torch.cat([torch.arange(len(self)), torch.zeros(missing, dtype=torch.long)])
+        filled = self.take(indices)
         num_bytes = filled.num_bytes.clone()
-        num_bytes[-1] = 0
-        return replace(filled, num_bytes=num_bytes, idle=1)
+        num_bytes[len(self) :] = 0
+        return replace(filled, num_bytes=num_bytes, idle=missing)
+
+    def share(self, rank: int, world_size: int) -> Blocks:
+        """Return every ``world_size``-th block from block ``rank`` on, equally many for all."""
+        everyone = self.filled(world_size)
+        mine = everyone.take(torch.arange(rank, len(everyone), world_size))
+        return replace(mine, idle=int(rank >= world_size - everyone.idle))
 
     def spread(self, num_blocks: int) -> Blocks:
         """Return ``num_blocks`` blocks taken in turn from each domain (all blocks if fewer)."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lit_moe.errors import LitMoEError
 
 
 class ShuffledShare(DistributedSampler[int]):
@@ -59,32 +61,62 @@ class ShuffledShare(DistributedSampler[int]):
         return share // self.multiple_of * self.multiple_of
 
 
+class ShareInOrder(DistributedSampler[int]):
+    """Every ``W``-th entry from entry ``r`` on, of a dataset whose length ``W`` divides."""
+
+    def __init__(self, dataset: Dataset, *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
+
+
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
     """A loader that can say where it is and go on from there.
 
     Without it a run that was stopped within an epoch would begin that epoch anew. Lightning stores
     what :meth:`state_dict` returns, but gives it back too late where it had to count the batches
     of an epoch first, so the data module carries it as well.
+
+    The position is an epoch and a number of blocks over all ranks: it holds for other numbers of
+    ranks and other batch sizes too.
     """
+
+    sampler: ShuffledShare
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._given = 0
-        self._skip = 0
+        self._start: Mapping[str, int] = {}
 
     def __iter__(self) -> Any:
         """Yield the batches of an epoch, from where a loaded state says."""
-        skip, self._skip = self._skip, 0
-        self._given = skip
+        start, self._start = self._start, {}
+        skip = start.get("blocks", 0) if start.get("epoch") == self.sampler.epoch else 0
+        self._given = self._batches(skip)
         # Blocks lie in memory: walking past them costs nothing.
-        for batch in itertools.islice(super().__iter__(), skip, None):
+        for batch in itertools.islice(super().__iter__(), self._given, None):
             self._given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many batches of the epoch were given out."""
-        return {"batches": 0 if self._given >= len(self) else self._given}
+        """Return the epoch, and how many blocks of it all ranks together have taken."""
+        ended = self._given >= len(self)
+        return {
+            "epoch": self.sampler.epoch + ended,
+            "blocks": 0 if ended else self._given * self._blocks_per_batch,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next epoch begin behind the batches that were given out already."""
-        self._skip = int(state_dict["batches"])
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Let that epoch begin behind the blocks that were taken already."""
+        self._start = dict(state_dict)
+
+    @property
+    def _blocks_per_batch(self) -> int:
+        return (self.batch_size or 1) * self.sampler.num_replicas
+
+    def _batches(self, blocks: int) -> int:
+        if blocks % self._blocks_per_batch:
+            raise LitMoEError(
+                f"the checkpoint was written after {blocks} blocks of its epoch, which are no "
+                f"whole number of this run's batches of {self._blocks_per_batch} (batch_size x "
+                "ranks): resume with a batch_size that divides it"
+            )
+        return blocks // self._blocks_per_batch

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lit_moe.assets import EMBEDDED, Split, resolve_model, text_file
 from lit_moe.data.blocks import Blocks, pack
 from lit_moe.data.documents import load_documents
-from lit_moe.data.order import ResumableLoader, ShuffledShare
+from lit_moe.data.order import ResumableLoader, ShareInOrder, ShuffledShare
 from lit_moe.data.quiet import progress_bars_for
 from lit_moe.errors import LitMoEError
 
@@ -80,7 +80,7 @@ class TextDataModule(L.LightningDataModule):
         self._blocks: dict[Split, Blocks] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._loader: ResumableLoader | None = None
-        self._position = {"batches": 0}
+        self._position: dict[str, Any] = {}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -124,6 +124,7 @@ class TextDataModule(L.LightningDataModule):
             blocks, batch_size=self.batch_size, sampler=sampler, generator=torch.Generator()
         )
         self._loader.load_state_dict(self._position)
+        self._position = {}
         return self._loader
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,17 +133,18 @@ class TextDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let training go on where a checkpoint was written."""
-        self._position = {"batches": state_dict.get("batches", 0)}
+        self._position = dict(state_dict)
         if self._loader is not None:
             self._loader.load_state_dict(self._position)
+            self._position = {}
 
     def val_dataloader(self) -> DataLoader:
         """Validation batches in fixed order."""
-        return self._in_order(self.blocks("validation"))
+        return self._shared_out("validation")
 
     def test_dataloader(self) -> DataLoader:
         """Test batches in fixed order."""
-        return self._in_order(self.blocks("test"))
+        return self._shared_out("test")
 
     def test_share(self, *, rank: int, world_size: int) -> tuple[DataLoader, tuple[str, ...]]:
         """Batches of this rank's share of the test blocks, and the names of the domains."""
@@ -153,6 +155,15 @@ class TextDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """The test batches."""
         return self.test_dataloader()
+
+    def _shared_out(self, split: Split) -> DataLoader:
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        world_size = 1 if self.trainer is None else self.trainer.world_size
+        blocks = self.blocks(split).filled(world_size)
+        sampler = ShareInOrder(blocks, rank=rank, world_size=world_size)
+        return DataLoader(
+            blocks, batch_size=self.batch_size, sampler=sampler, generator=torch.Generator()
+        )
 
     def _in_order(self, blocks: Blocks) -> DataLoader:
         # A generator of its own: loaders draw a seed, which would move the model's random numbers.

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lit_moe.distill.losses import next_token_nll
+from lit_moe.distill.step import targets_of
 from lit_moe.inference import evaluating
 
 
@@ -118,7 +119,8 @@ def evaluate_perplexity(
 
     Args:
         model: any causal language model.
-        batches: dictionaries with ``input_ids``, ``attention_mask``, ``domain``, ``num_bytes``.
+        batches: dictionaries with ``input_ids``, ``attention_mask``, ``domain``, ``num_bytes``, and
+            maybe ``labels``; then only labelled tokens are predicted.
         domains: names of the domain indices.
     """
     metric = Perplexity(domains).to(model.device)
@@ -126,10 +128,10 @@ def evaluate_perplexity(
     with evaluating(model):
         for cpu_batch in batches:
             batch = {key: value.to(model.device) for key, value in cpu_batch.items()}
-            mask = batch["attention_mask"]
+            mask, targets = batch["attention_mask"], targets_of(batch)
             logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits
-            nll = next_token_nll(logits, batch["input_ids"], mask)
-            metric.update(nll, mask[:, 1:], batch["domain"], batch["num_bytes"])
+            nll = next_token_nll(logits, targets.ids, targets.counted)
+            metric.update(nll, targets.counted[:, 1:], batch["domain"], batch["num_bytes"])
             tokens += int(mask.sum())
     seconds = time.perf_counter() - start
     return replace(metric.quality(), tokens_per_second=tokens / max(seconds, 1e-9))

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 import lit_moe
-from lit_moe.evaluate import Quality
+from lit_moe.evaluate import Quality, TaskQuality
 from lit_moe.grouping.report import MergeReport
 from lit_moe.plan import KeepPlan
 from lit_moe.refit.report import RefitReport
@@ -95,6 +95,7 @@ class RunReport:
         merging: which experts were merged, None if none were asked for.
         quality: stage (``before``, ``pruned``, ``thinned`` where weights went after experts,
             ``refitted``, ``recovered``) -> quality, in order.
+        tasks: stage -> ``0-shot``, ``5-shot``, ... -> right answers; empty without a task.
         export: the exported folder, None if there is none.
         warnings: sentences that a reader of the numbers must know.
     """
@@ -119,6 +120,7 @@ class RunReport:
     sparsity: SparsityReport | None = None
     merging: MergeReport | None = None
     quality: dict[str, Quality] = field(default_factory=dict)
+    tasks: dict[str, dict[str, TaskQuality]] = field(default_factory=dict)
     export: Export | None = None
     warnings: list[str] = field(default_factory=list)
 

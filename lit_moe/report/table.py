@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from rich.table import Table
 
-from lit_moe.evaluate import Quality
+from lit_moe.evaluate import Quality, TaskQuality
 from lit_moe.quantities import count, size, with_error
 from lit_moe.report.schema import Change, RunReport
 
@@ -37,6 +37,7 @@ def summary_rows(report: RunReport) -> list[tuple[str, list[str]]]:
     rows = [
         ("perplexity", _quality_cells(report, lambda q: with_error(q.perplexity, q.stderr))),
         ("bits per byte", _quality_cells(report, lambda q: f"{q.bits_per_byte:.3f}")),
+        *_task_rows(report),
         ("parameters", _size_cells(report.parameters, names, count)),
         ("active parameters", _size_cells(report.active_parameters, names, count)),
         ("bytes in memory", _size_cells(report.bytes, names, size)),
@@ -47,6 +48,28 @@ def summary_rows(report: RunReport) -> list[tuple[str, list[str]]]:
 
 def _quality_cells(report: RunReport, show: Callable[[Quality], str]) -> list[str]:
     return [show(report.quality[s]) if s in report.quality else "-" for s in stages(report)]
+
+
+def _task_rows(report: RunReport) -> list[tuple[str, list[str]]]:
+    """Return exact match and choice for every number of solved examples."""
+    rows: list[tuple[str, list[str]]] = []
+    for shots in dict.fromkeys(key for tasks in report.tasks.values() for key in tasks):
+        found = [report.tasks.get(stage, {}).get(shots) for stage in stages(report)]
+        rows.append((f"{shots}: written right", [_written(q) for q in found]))
+        rows.append((f"{shots}: chosen right", [_chosen(q) for q in found]))
+    return rows
+
+
+def _written(quality: TaskQuality | None) -> str:
+    if quality is None:
+        return "-"
+    return with_error(quality.exact_match, quality.exact_match_stderr)
+
+
+def _chosen(quality: TaskQuality | None) -> str:
+    if quality is None or quality.choice_accuracy is None:
+        return "-"
+    return with_error(quality.choice_accuracy, quality.choice_stderr or 0.0)
 
 
 def _size_cells(change: Change, names: list[str], show: Callable[[float | None], str]) -> list[str]:
