@@ -1,1 +1,1 @@
-"""Losses of recovery: next token, distillation from a teacher, load balance."""
+"""Losses of recovery: next token, distillation of logits, experts and routers, load balance."""
