@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_moe.adapters.site import MoESite
@@ -23,6 +24,7 @@ from lit_moe.criteria import (
 )
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
+from lit_moe.partitions import is_partitioned
 from lit_moe.plan import KeepPlan
 from lit_moe.selection import (
     Budget,
@@ -78,6 +80,11 @@ class ExpertPruning(Callback):
         Validate, test and predict take the plan of the checkpoint that they load.
         """
         if trainer.state.fn != TrainerFn.FITTING:
+            if module.plan is None:
+                rank_zero_info(
+                    f"{type(self).__name__} acts in fit: what is evaluated here is the model as it "
+                    "was loaded; --ckpt_path of a fit, or its export, is the one with fewer experts"
+                )
             return None
         writer = report_writer(trainer)
         writer.on_model_built(trainer, module)
@@ -100,6 +107,13 @@ class ExpertPruning(Callback):
             sizes = measure_bytes(module.built_model, sites)
             budget = Budget(**{**vars(budget), "sizes": sizes})
         check_budget(budget, sites, self.protect)
+        needs_whole = self.criterion.needs & {"forward", "gradients"}
+        if needs_whole and is_partitioned(module.built_model):
+            raise LitMoEError(
+                f"criterion {self.criterion.name!r} needs the whole model on each rank, but the "
+                "strategy loads it in shares: set shard_on_load: false in trainer.strategy."
+                "init_args, or take a criterion of routing, activations or weights"
+            )
         if self.criterion.needs - {"weights"}:
             calibration_share(trainer)  # a missing file should not show after an evaluation
         return budget

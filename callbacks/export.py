@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_moe.accounting import tensor_at
-from lit_moe.adapters import find_sites
 from lit_moe.callbacks.report import report_writer
-from lit_moe.export import ExportResult, check_target, export, whole_on_first_rank
+from lit_moe.errors import ExportError
+from lit_moe.export import ExportResult, check_target, export, selection_biases, whole_on_first_rank
 from lit_moe.module import MoEModule
 from lit_moe.report.schema import Export
 
@@ -50,16 +50,28 @@ class ExportModel(Callback):
             return
         report_writer(trainer)
         folder = self._folder(trainer)
+        refused = None
         if trainer.is_global_zero:
-            check_target(folder, overwrite=self.overwrite)
+            try:
+                check_target(folder, overwrite=self.overwrite)
+            except ExportError as error:
+                refused = str(error)
+        refused = trainer.strategy.broadcast(refused)  # so that all ranks stop, not only the first
+        if refused is not None:
+            raise ExportError(refused)
 
     def on_fit_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """After training. Measures what is left to measure and writes the folder on rank 0."""
         writer = report_writer(trainer)
         writer.measure_recovered(trainer, pl_module)
         folder = self._folder(trainer)
-        with writer.phase("export"), whole_on_first_rank(pl_module.built_model, folder) as model:
-            result = self._export(trainer, pl_module, model, folder) if model is not None else None
+        name = pl_module.source_dtype if self.dtype == "auto" else self.dtype
+        dtype = None if name is None else getattr(torch, name)
+        model = pl_module.built_model
+        with writer.phase("export"), whole_on_first_rank(model, folder, dtype=dtype) as whole:
+            if whole is not None and whole is model and dtype is not None:
+                cast_weights(model, dtype)
+            result = None if whole is None else self._export(trainer, pl_module, whole, folder)
         if result is not None:
             writer.report.export = Export(
                 path=str(result.path),
@@ -71,12 +83,7 @@ class ExportModel(Callback):
 
     def _export(
         self, trainer: Trainer, module: MoEModule, model: PreTrainedModel, folder: Path
-    ) -> ExportResult | None:
-        if not trainer.is_global_zero:
-            return None
-        dtype = module.source_dtype if self.dtype == "auto" else self.dtype
-        if dtype is not None:
-            cast_weights(model, getattr(torch, dtype))
+    ) -> ExportResult:
         return export(
             model,
             folder,
@@ -95,12 +102,7 @@ class ExportModel(Callback):
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast a model in place, except biases that steer selection: bf16 would merge their values."""
-    biases = {
-        axis.name: tensor_at(model, axis.name).detach().clone()
-        for site in find_sites(model)
-        for axis in site.axes
-        if axis.kind == "select_bias"
-    }
+    biases = {name: tensor_at(model, name).detach().clone() for name in selection_biases(model)}
     nn.Module.to(model, dtype)
     for name, values in biases.items():
         tensor_at(model, name).data = values

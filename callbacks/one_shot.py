@@ -12,6 +12,7 @@ from lit_moe.adapters.site import MoESite
 from lit_moe.callbacks.base import ExpertPruning, one_budget, source_of
 from lit_moe.callbacks.report import ReportWriter, report_writer
 from lit_moe.criteria import UnroutedRule
+from lit_moe.errors import PlanError
 from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
 from lit_moe.selection import Budget, layer_counts, select
@@ -75,12 +76,42 @@ class OneShotPruning(ExpertPruning):
             plan.check_fits(count_experts(find_sites(model)), family=model.config.model_type)
             _warn_of_another_source(plan, module, writer)
             writer.measure(trainer, module, "before")
+        else:
+            self._check_still_asked(plan, module)
         self.cut(trainer, module, self.agree(trainer, plan))
         self.record(
             trainer, module, self.criterion.name if self.plan_file is None else "replayed plan"
         )
         if not module.is_resumed:
             writer.measure(trainer, module, "pruned")
+
+    @property
+    def _is_counted_per_layer(self) -> bool:
+        budget = self.budget
+        return budget is not None and budget.max_bytes is None and budget.scope == "layer"
+
+    def _check_still_asked(self, plan: KeepPlan, module: MoEModule) -> None:
+        """Refuse a checkpoint of a run that was asked for another number of experts.
+
+        Raises:
+            PlanError: naming both.
+        """
+        asked = plan.counts
+        if self.plan_file is not None:
+            asked = self.plan_file.counts
+        elif self.budget is not None and (self.budget.max_bytes, self.budget.scope) == (
+            None,
+            "layer",
+        ):
+            sites = find_sites(module.built_model)
+            asked = dict(layer_counts(self.budget, sites, self.protect))
+        for layer, count in plan.counts.items():
+            if asked.get(layer) != count:
+                raise PlanError(
+                    f"checkpoint {module.resume_from} keeps {count} experts in {layer}, but this "
+                    f"run asks for {asked.get(layer)}: resume with the amount of that run, or "
+                    "begin a new one in another trainer.default_root_dir"
+                )
 
     def _decide(
         self, trainer: Trainer, module: MoEModule, sites: tuple[MoESite, ...], budget: Budget

@@ -38,6 +38,28 @@ def check_versions_agree() -> None:
             )
 
 
+def check_equal_everywhere(what: str, value: object, hint: str) -> None:
+    """Refuse a run whose ranks would do different things. Collective; no-op on one process.
+
+    Args:
+        what: completes "rank 0 ...".
+        value: of this rank; compared by its text.
+        hint: what to do about it.
+
+    Raises:
+        LitMoEError: naming two ranks that differ.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, str(value))
+    others = [rank for rank, found in enumerate(everywhere) if found != everywhere[0]]
+    if others:
+        raise LitMoEError(
+            f"rank 0 {what} {everywhere[0]}, but rank {others[0]} {everywhere[others[0]]}: {hint}"
+        )
+
+
 _LOST = ("closed by peer", "reset by peer", "connectFullMesh", "Socket Timeout", "Broken pipe")
 
 

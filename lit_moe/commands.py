@@ -16,6 +16,8 @@ from typing import Any, ClassVar, NoReturn
 import lightning as L
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,7 +27,7 @@ from lit_moe.agreement import lost_contact
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
 from lit_moe.resuming import newest_checkpoint
-from lit_moe.sharding import register_short_names
+from lit_moe.sharding import DeepSpeedLauncherEnvironment, register_short_names
 
 _IN_CLASS = re.compile(
     r"Problem with given class_path '([\w.]+)':\s+(?=(Parser key[^\n]+\n[^\n]+|\S[^\n]*))"
@@ -71,11 +73,12 @@ class _CLI(LightningCLI):
             kwargs["callbacks"] = [*callbacks, _ProgressBar()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-            _check_world(trainer)
         except (ValueError, RuntimeError) as error:
-            if "SLURM" not in str(error) and "launcher started" not in str(error):
+            said = " ".join(str(error).split())
+            if not any(sign in said for sign in ("SLURM", "launcher started", "does not match")):
                 raise
-            raise LitMoEError(" ".join(str(error).split())) from error
+            raise LitMoEError(said) from error
+        _check_world(trainer)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -86,9 +89,9 @@ class _CLI(LightningCLI):
                 raise
             raise LitMoEError(
                 f"rank {self.trainer.global_rank} lost contact to another process of the run, "
-                "which has died or cannot be reached: its own last lines, above or in its log, say "
-                "why; afterwards the same command with --ckpt_path last goes on from the newest "
-                f"checkpoint ({' '.join(str(error).split())[:160]})"
+                "which may have died or cannot be reached: its own last lines, above or in its "
+                "log, say why; afterwards the same command with --ckpt_path last goes on from the "
+                f"newest checkpoint ({' '.join(str(error).split())[:160]})"
             ) from error
 
     def before_fit(self) -> None:
@@ -109,15 +112,17 @@ class _CLI(LightningCLI):
 
     def _tell_module(self, command: TrainerFn) -> None:
         options = self.config_init[self.subcommand]
+        connector = self.trainer._checkpoint_connector
         if options.ckpt_path == "last":
-            options.ckpt_path = self._last_checkpoint()
+            options.ckpt_path = self._last_checkpoint(command)
+        elif options.ckpt_path is None and SLURMEnvironment.detect():
+            self.model.resume_from = connector._hpc_resume_path  # of a run that SLURM requeued
         if options.ckpt_path is not None:
-            connector = self.trainer._checkpoint_connector
             self.model.resume_from = connector._parse_ckpt_path(
                 command, options.ckpt_path, model_provided=True, model_connected=False
             )
 
-    def _last_checkpoint(self) -> str | None:
+    def _last_checkpoint(self, command: TrainerFn) -> str | None:
         """Return the newest checkpoint of any run below the root folder; None if there is none.
 
         Lightning looks only where this very run is going to write, which is a new folder.
@@ -125,6 +130,11 @@ class _CLI(LightningCLI):
         places = [Path(self.trainer.default_root_dir)]
         places += [Path(c.dirpath) for c in self.trainer.checkpoint_callbacks if c.dirpath]  # type: ignore[attr-defined]
         newest = newest_checkpoint(places)
+        if newest is None and command != TrainerFn.FITTING:
+            raise LitMoEError(
+                f"there is no checkpoint below {places[0]} to {command.value}; name one by "
+                "--ckpt_path PATH, or the folder of its run by --trainer.default_root_dir"
+            )
         if newest is None:
             rank_zero_info(f"no checkpoint below {places[0]} yet: the run starts at its beginning")
         return None if newest is None else str(newest)
@@ -133,8 +143,19 @@ class _CLI(LightningCLI):
 def _check_world(trainer: L.Trainer) -> None:
     """Refuse numbers of devices and nodes that the launcher did not start."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    if environment is not None:
+    is_default = type(environment) is LightningEnvironment
+    if is_default and DeepSpeedLauncherEnvironment.detect() and trainer.num_nodes > 1:
+        raise LitMoEError(
+            "the deepspeed launcher started this run, and with strategy "
+            f"{type(trainer.strategy).__name__} every machine would take itself for the first: "
+            "use zero1, zero2 or zero3, or launch/torchrun.sh"
+        )
+    if environment is None:
+        return
+    try:
         environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
+    except ValueError as error:
+        raise LitMoEError(" ".join(str(error).split())) from error
 
 
 def run_trainer() -> None:

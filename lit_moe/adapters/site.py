@@ -74,6 +74,13 @@ class MoESite:
         return tuple(axis for axis in self.axes if axis.kind == kind)
 
     @property
+    def owners(self) -> tuple[str, ...]:
+        """Dotted paths of the modules that hold everything to cut when an expert goes."""
+        found = {self.experts, *(axis.name.rpartition(".")[0] for axis in self.axes)}
+        inner = {a for a in found for b in found if a != b and a.startswith(f"{b}.")}
+        return tuple(sorted(found - inner))
+
+    @property
     def router_tail(self) -> int:
         """Router rows behind the routed experts (null or shared ones)."""
         return max((axis.tail for axis in self.rows("router")), default=0)

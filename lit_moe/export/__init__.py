@@ -14,6 +14,7 @@ from lit_moe.export.exporter import ExportResult as ExportResult
 from lit_moe.export.exporter import Layout as Layout
 from lit_moe.export.exporter import export as export
 from lit_moe.export.staging import check_target as check_target
+from lit_moe.export.whole import selection_biases as selection_biases
 from lit_moe.export.whole import whole_on_first_rank as whole_on_first_rank
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,41 +12,86 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_moe.accounting import count_bytes
+from lit_moe.adapters import find_sites
 from lit_moe.adapters.discovery import build_on_meta
-from lit_moe.export.staging import scratch_folder
+from lit_moe.errors import ExportError
+from lit_moe.export.staging import check_space, scratch_folder
 from lit_moe.heterogeneous import per_layer_counts
-from lit_moe.partitions import is_partitioned, stream_whole
+from lit_moe.partitions import has_master, is_managed, is_partitioned, stream_whole
 
 
 @contextmanager
-def whole_on_first_rank(model: PreTrainedModel, target: Path) -> Iterator[PreTrainedModel | None]:
-    """Yield the model itself if it is whole; else a whole copy on rank 0 and None elsewhere.
+def whole_on_first_rank(
+    model: PreTrainedModel, target: Path, *, dtype: torch.dtype | None = None
+) -> Iterator[PreTrainedModel | None]:
+    """Yield what is to be exported on rank 0, and None elsewhere.
 
-    The copy's weights are files beside ``target``, mapped into memory: they are gathered one by
-    one, and no rank ever holds more than one tensor besides its own share. The files are gone
-    afterwards. Collective: every rank must enter.
+    That is the model itself if it is whole. Of one that is spread over ranks, or whose engine holds
+    wider master weights than the model uses, it is a copy whose weights are files beside
+    ``target``, mapped into memory: they are gathered one by one, and no rank ever holds more than
+    one tensor besides its own share. The files are gone afterwards. Collective: every rank must
+    enter.
 
     Args:
         model: whole, or partitioned by ZeRO-3, with or without an engine.
         target: where an export is going to be; there must be room for the model twice.
+        dtype: of the copy's weights; None for that of the masters.
+
+    Raises:
+        ExportError: on all ranks, if there is no room.
     """
-    if not is_partitioned(model):
-        yield model
+    masters = _wants_masters(model, dtype)
+    if not (is_partitioned(model) or masters):
+        yield model if _rank() == 0 else None
         return
-    if dist.get_rank() > 0:
-        for _ in stream_whole(model):
+    _check_room(model, target)
+    if _rank() > 0:
+        for _ in stream_whole(model, masters=masters):
             pass
         yield None
         return
     with scratch_folder(target) as folder:
-        yield _mapped_copy(model, folder)
+        yield _mapped_copy(model, folder, stream_whole(model, masters=masters), dtype)
 
 
-def _mapped_copy(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    stored = {
-        name: _on_disk(tensor, folder / f"{number}.bin")
-        for number, (name, tensor) in enumerate(stream_whole(model))
-    }
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _wants_masters(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
+    """Whether bf16 or fp16 weights would be written where the engine knows more digits."""
+    wanted = torch.float32 if dtype is None else dtype
+    if not is_managed(model) or wanted.itemsize <= model.dtype.itemsize:
+        return False
+    return any(map(has_master, model.parameters()))
+
+
+def _check_room(model: PreTrainedModel, target: Path) -> None:
+    refused: list[str | None] = [None]
+    if _rank() == 0:
+        try:
+            check_space(target, 2 * count_bytes(model))
+        except ExportError as error:
+            refused = [str(error)]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(refused)
+    if refused[0] is not None:
+        raise ExportError(refused[0])
+
+
+def _mapped_copy(
+    model: PreTrainedModel,
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    exact = selection_biases(model)
+    stored = {}
+    for number, (name, tensor) in enumerate(tensors):
+        cast = dtype is not None and tensor.is_floating_point() and name not in exact
+        kind = dtype if cast and dtype is not None else tensor.dtype
+        stored[name] = _on_disk(tensor, folder / f"{number}.bin", kind)
     with per_layer_counts(model.config, type(model)):
         whole = build_on_meta(type(model), model.config)
     whole.load_state_dict(stored, assign=True)
@@ -55,11 +101,18 @@ def _mapped_copy(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return whole.eval()
 
 
-def _on_disk(tensor: Tensor, file: Path) -> Tensor:
+def selection_biases(model: PreTrainedModel) -> set[str]:
+    """Return the names of biases that steer selection, which bf16 would make equal."""
+    return {a.name for s in find_sites(model) for a in s.axes if a.kind == "select_bias"}
+
+
+def _on_disk(tensor: Tensor, file: Path, dtype: torch.dtype) -> Tensor:
     """Write a tensor into a file and return it as that file."""
     if tensor.numel() == 0:
-        return tensor.cpu().clone()
-    mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return tensor.to("cpu", dtype, copy=True)
+    with file.open("wb") as stream:  # else a full disk ends the process without a word
+        os.posix_fallocate(stream.fileno(), 0, tensor.numel() * dtype.itemsize)
+    mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=dtype)
     return mapped.view(tensor.shape).copy_(tensor)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import LitMoEError
+from lit_moe.partitions import whole_numel, whole_shape
 
 _UNITS = {
     "b": 1,
@@ -135,7 +136,7 @@ def measure_bytes(model: nn.Module, sites: Iterable[MoESite]) -> ModelBytes:
     Tied weights count once, as in a checkpoint.
     """
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    total = sum(whole_numel(t) * t.element_size() for t in tensors.values())
     per_expert: dict[str, int] = {}
     for site in sites:
         per_expert[site.name] = 0
@@ -143,8 +144,8 @@ def measure_bytes(model: nn.Module, sites: Iterable[MoESite]) -> ModelBytes:
             if axis.kind == "id_table" or axis.name not in tensors:
                 continue
             tensor = tensors[axis.name]
-            rows = tensor.shape[axis.dim]
-            row_bytes = tensor.numel() * tensor.element_size() // rows
+            rows = whole_shape(tensor)[axis.dim]
+            row_bytes = whole_numel(tensor) * tensor.element_size() // rows
             per_expert[site.name] += row_bytes * axis.rows_per_expert
     experts = sum(per_expert[site.name] * site.num_experts for site in sites)
     return ModelBytes(fixed=total - experts, per_expert=per_expert)

@@ -37,17 +37,17 @@ def written_together(
     barrier("checkpoint begins")
     try:
         yield partial
+        barrier("checkpoint is written")
+        if is_first_rank:
+            if target.exists():
+                target.rename(aside)
+            partial.rename(target)
+            _remove(aside)
     except (OSError, RuntimeError) as error:
         raise LitMoEError(
             f"the checkpoint {target} could not be written: {_reason(error)}; what was there "
             "before is still there"
         ) from error
-    barrier("checkpoint is written")
-    if is_first_rank:
-        if target.exists():
-            target.rename(aside)
-        partial.rename(target)
-        _remove(aside)
     barrier("checkpoint has its name")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +27,12 @@ from lit_moe.sharding.checkpoints import check_sharded, written_together
 from lit_moe.sharding.environment import DeepSpeedLauncherEnvironment
 from lit_moe.sharding.memory import share_master_weights
 from lit_moe.sharding.rendezvous import meet
-from lit_moe.sharding.universal import keep_groups_apart, make_universal, universal_folder
+from lit_moe.sharding.universal import (
+    check_convertible,
+    keep_groups_apart,
+    make_universal,
+    universal_folder,
+)
 from lit_moe.sharding.weights import load_weights
 
 
@@ -47,8 +53,10 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             do not count.
         patience: seconds that processes wait for each other at the start; a machine that cannot be
             reached is reported after them.
+        timeout: of every wait for other ranks; what only the first rank does (writing and checking
+            an export, converting a checkpoint) must be done in this time.
         **options: everything that lightning's ``DeepSpeedStrategy`` takes: ``offload_optimizer``,
-            ``offload_parameters``, ``overlap_comm``, ``timeout``, ...
+            ``offload_parameters``, ``overlap_comm``, ...
 
     Raises:
         LitMoEError: for a stage that does not exist, or ``shard_on_load`` without stage 3.
@@ -60,11 +68,12 @@ class MoEDeepSpeed(DeepSpeedStrategy):
         shard_on_load: bool = False,
         config: str | dict[str, Any] | None = None,
         patience: float = 300.0,
+        timeout: timedelta = timedelta(hours=2),
         **options: Any,
     ) -> None:
         if stage not in (1, 2, 3):
             raise LitMoEError(f"stage={stage} is no ZeRO stage; there are 1, 2 and 3")
-        super().__init__(stage=stage, config=config, **options)
+        super().__init__(stage=stage, config=config, timeout=timeout, **options)
         self.shard_on_load = shard_on_load
         self.patience = patience
         if shard_on_load and not self.zero_stage_3:
@@ -173,6 +182,7 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             f"{header.path} was written by {header.world_size} ranks under ZeRO stage "
             f"{header.stage}; it is converted for {self.world_size} ranks under stage {self.stage}"
         )
+        check_convertible(header)
         if self.is_global_zero:
             make_universal(header)
         self.barrier("universal checkpoint")
@@ -184,6 +194,9 @@ class MoEDeepSpeed(DeepSpeedStrategy):
         state = super().load_checkpoint(universal_folder(header))
         engine._config.load_universal_checkpoint = False
         keep_groups_apart(optimizer, options)
+        self.barrier("universal checkpoint is read")
+        if self.is_global_zero:
+            shutil.rmtree(universal_folder(header), ignore_errors=True)
         return state
 
     @property

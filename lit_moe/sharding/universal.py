@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lit_moe.errors import LitMoEError
-from lit_moe.resuming import TAG, CheckpointHeader
+from lit_moe.resuming import TAG, CheckpointHeader, read_stored
 
 _NAMES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 _SOURCE = "source.json"
@@ -34,10 +34,6 @@ def make_universal(header: CheckpointHeader) -> Path:
 
     Returns:
         The folder to load from.
-
-    Raises:
-        LitMoEError: if it holds frozen parameters that only ranks like those that wrote it can
-            put together again.
     """
     folder = universal_folder(header)
     identity = _identity(header)
@@ -49,6 +45,21 @@ def make_universal(header: CheckpointHeader) -> Path:
     _write_model_states(header, folder / TAG)
     (folder / _SOURCE).write_text(json.dumps(identity), encoding="utf-8")
     return folder
+
+
+def check_convertible(header: CheckpointHeader) -> None:
+    """Refuse a checkpoint with frozen parameters beside the teacher's. Every rank may call it.
+
+    Raises:
+        LitMoEError: naming one of them.
+    """
+    stored = read_stored(header.path)
+    frozen = stored.get("frozen_param_shapes") or {}
+    if frozen:
+        raise LitMoEError(
+            f"checkpoint {header.path} holds frozen parameters ({next(iter(frozen))}, ...), which "
+            f"only {header.world_size} ranks under ZeRO stage {header.stage} can put together"
+        )
 
 
 def _identity(header: CheckpointHeader) -> dict[str, int]:
@@ -123,12 +134,6 @@ def _write_model_states(header: CheckpointHeader, folder: Path) -> None:
     """Leave the loops, callbacks and buffers; parameters come from files of their own."""
     (first,) = sorted((header.path / TAG).glob("*mp_rank_00_model_states.pt"))[:1]
     stored: dict[str, Any] = torch.load(first, mmap=True, map_location="cpu", weights_only=False)
-    frozen = stored.get("frozen_param_shapes") or {}
-    if frozen:
-        raise LitMoEError(
-            f"checkpoint {header.path} holds frozen parameters ({next(iter(frozen))}, ...), which "
-            f"only {header.world_size} ranks under ZeRO stage {header.stage} can put together"
-        )
     buffers = set(stored["buffer_names"])
     stored["module"] = {name: t for name, t in stored["module"].items() if name in buffers}
     for old in folder.glob("*_model_states.pt"):

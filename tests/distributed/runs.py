@@ -69,7 +69,7 @@ class Setup:
 
     def fit(self, mode, name="run", callbacks=lambda: [], *, look=None, resume=None, **options):
         """Fit in one mode; return per rank the losses, or what ``look(trainer, module)`` says."""
-        _, world_size = MODES[mode]
+        world_size = options.get("ranks", MODES[mode][1])
 
         def rank(_):
             warnings.simplefilter("ignore")  # those of deepspeed are not ours to mend
@@ -80,7 +80,7 @@ class Setup:
         return run_distributed(rank, world_size, group=False)
 
     def _fit_here(self, mode, name, callbacks, look, resume, options):
-        _, world_size = MODES[mode]
+        world_size = options.pop("ranks", MODES[mode][1])
         L.seed_everything(1, verbose=False)
         distillation = options.pop("distillation", 0.0)
         evaluate, tell_module = options.pop("evaluate", False), options.pop("tell_module", True)
@@ -91,7 +91,7 @@ class Setup:
             validation_files=[self.text],
             test_files=[self.text],
             sequence_length=32,
-            batch_size=GLOBAL_BATCH // world_size // accumulate,
+            batch_size=options.pop("batch_size", GLOBAL_BATCH // world_size // accumulate),
             calibration_tokens=options.pop("calibration_tokens", 512),
         )
         module = MoEModule(

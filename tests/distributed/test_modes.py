@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 
 from lit_moe.callbacks import ExpertMonitor, ExportModel, OneShotPruning, ReportWriter
@@ -92,7 +93,8 @@ def test_plan_and_export_are_those_of_one_process(exported, mode):
         expected = first["quality"][stage]
         for key in ("tokens", "perplexity", "stderr", "bits_per_byte"):
             assert second["quality"][stage][key] == pytest.approx(expected[key], rel=1e-6), key
-    assert second["parameters"] == first["parameters"]
+    for key in ("parameters", "active_parameters", "bytes"):
+        assert second[key] == first[key], key
     assert second["export"]["max_abs_logit_difference"] < 1e-5
     assert not list((two).glob(".model.*")), "scratch files are left"
 
@@ -150,3 +152,37 @@ def _bytes_of(tensors):
     """Bytes of the storages behind some tensors, each once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_validation_and_prediction_do_not_depend_on_the_number_of_ranks(setup, mode):
+    """13 blocks on two ranks: one idle block keeps them in step and counts for nothing."""
+
+    def measured(trainer, module):
+        data = trainer.datamodule
+        data._blocks["test"] = data._blocks["validation"] = data.blocks("test").spread(13)
+        (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
+        rows = trainer.predict(module, datamodule=data)
+        total = torch.cat(rows).double().sum()
+        count = torch.tensor(sum(len(row) for row in rows))
+        reduced = [float(trainer.strategy.reduce(x, reduce_op="sum")) for x in (total, count)]
+        return metrics["validation/loss"], *reduced
+
+    options = {"max_steps": 2, "look": measured, "limit_val_batches": 1.0}
+    (alone,) = setup.fit("single", **options)
+    for rank in setup.fit(mode, **options):
+        assert rank == pytest.approx(alone, rel=1e-5)
+    assert alone[2] == 13
+
+
+@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+def test_an_export_after_bf16_training_has_the_digits_of_the_master_weights(setup, mode):
+    def exported(trainer, module):
+        return str(setup.folder / "run" / mode / "model")
+
+    options = {"precision": "bf16-mixed", "max_steps": 3, "look": exported}
+    callbacks = prune(more=[ExportModel(dtype="float32")])
+    folder = setup.fit(mode, callbacks=callbacks, **options)[0]
+    weights = safetensors.torch.load_file(f"{folder}/model.safetensors")
+    exact = [n for n, w in weights.items() if not torch.equal(w, w.bfloat16().float())]
+    assert len(exact) > len(weights) / 2

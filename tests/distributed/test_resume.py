@@ -2,12 +2,15 @@
 
 import shutil
 
+import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moe.callbacks import OneShotPruning
+from lit_moe.checkpoint_io import AtomicCheckpointIO
 from lit_moe.errors import LitMoEError
-from lit_moe.resuming import newest_checkpoint
+from lit_moe.resuming import newest_checkpoint, put_back
 from lit_moe.sharding.checkpoints import written_together
 from tests.distributed.runs import MODES, Setup, some
 
@@ -95,19 +98,103 @@ def test_another_stage_or_another_number_of_ranks(checkpoint, chapters, tmp_path
     task = {**TASK, "max_steps": 10}
     losses = setup.fit(before, callbacks=keeping(folder, every_n_train_steps=4), **task)[0]
     mode, _, ranks = after.partition(" on ")
-    world = int(ranks or 2)
-    kind = MODES[mode][0]
-    MODES["other"] = (kind, world)
-    try:
-        resumed = setup.fit(
-            "other",
-            callbacks=keeping(tmp_path / "new", every_n_train_steps=100),
-            resume=str(folder / "step=4.ckpt"),
-            **task,
-        )
-    finally:
-        del MODES["other"]
+    resumed = setup.fit(
+        mode,
+        callbacks=keeping(tmp_path / "new", every_n_train_steps=100),
+        resume=str(folder / "step=4.ckpt"),
+        ranks=int(ranks or 2),
+        **task,
+    )
     assert resumed[0] == pytest.approx(losses[4:], abs=1e-5)
+
+
+@pytest.mark.parametrize("limit", [3, 5])
+def test_resumed_behind_an_epoch_that_a_limit_had_ended(quiet, limit):
+    options = {**TASK, "max_steps": 2 * limit, "limit_train_batches": limit}
+    folder = quiet.folder / "checkpoints"
+    losses = quiet.fit("single", callbacks=keeping(folder, every_n_train_steps=1), **options)[0]
+    for step in (limit - 1, limit, limit + 1):
+        resumed = quiet.fit(
+            "single",
+            f"from {step}",
+            callbacks=keeping(quiet.folder / "new", every_n_train_steps=100),
+            resume=str(folder / f"step={step}.ckpt"),
+            **options,
+        )[0]
+        assert resumed == losses[step:]
+
+
+def test_another_batch_size_goes_on_behind_the_text_that_was_read(quiet):
+    """Ten steps of 8 blocks are, from block 16 on, also two steps of 8 and four of 16."""
+    seen: dict[str, list] = {}
+
+    class Blocks(L.Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_train_batch_end(self, *hooked):
+            batch = hooked[3]
+            seen.setdefault(self.name, []).extend(batch["input_ids"].tolist())
+
+    folder = quiet.folder / "checkpoints"
+
+    def blocks(trainer, module):
+        return next(c for c in trainer.callbacks if isinstance(c, Blocks)) and seen
+
+    def first():
+        return [*keeping(folder, every_n_train_steps=2)(), Blocks("first")]
+
+    def second():
+        return [*keeping(quiet.folder / "new", every_n_train_steps=100)(), Blocks("second")]
+
+    task = {**TASK, "max_steps": 6, "look": blocks}
+    (before,) = quiet.fit("single", callbacks=first, **task)
+    resume = str(folder / "step=2.ckpt")
+    (after,) = quiet.fit(
+        "single", "wide", callbacks=second, resume=resume, batch_size=16, **{**task, "max_steps": 4}
+    )
+    assert after["second"] == before["first"][16:]
+    with pytest.raises(RuntimeError, match="after 16 blocks of its epoch, which are no whole numb"):
+        quiet.fit("single", "odd", callbacks=second, resume=resume, batch_size=5, **task)
+
+
+def test_the_newest_complete_checkpoint_is_found(quiet, original, caplog):
+    _, folder = original("single")
+    _, sharded = original("zero3")
+    place = quiet.folder / "place"
+    place.mkdir()
+    shutil.copy(folder / "step=4.ckpt", place)
+    shutil.copytree(sharded / "step=8.ckpt", place / "broken.ckpt")
+    (place / "broken.ckpt/checkpoint/zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    (place / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:1000])
+    assert newest_checkpoint([place]) == place / "step=4.ckpt"
+    assert "passed over" in caplog.text
+    assert newest_checkpoint([quiet.folder / "nowhere"]) is None
+
+
+def test_another_amount_than_that_of_the_checkpoint_is_refused(quiet, original):
+    _, folder = original("single")
+    with pytest.raises(RuntimeError, match=r"keeps 4 experts in .*, but this run asks for 2"):
+        quiet.fit(
+            "single",
+            callbacks=lambda: [OneShotPruning("reap", keep_ratio=0.25)],
+            resume=str(folder / "step=4.ckpt"),
+            **TASK,
+        )
+
+
+def test_a_full_disk_spares_a_checkpoint_in_one_file(tmp_path, monkeypatch):
+    target = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, target)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(LitMoEError, match="No space left.*still there"):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, target)
+    assert torch.load(target) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_weights_of_a_checkpoint_are_evaluated_alone(quiet, original):
@@ -151,9 +238,6 @@ def test_another_plan_is_refused(quiet, original):
     def others():
         return [OneShotPruning("random", keep_ratio=0.25)]
 
-    def forget(trainer, module):
-        return None
-
     with pytest.raises(RuntimeError, match="written under another plan"):
         quiet.fit(
             "zero3",
@@ -182,5 +266,5 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert (target / "share.pt").read_text() == "third"
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     target.rename(tmp_path / ".last.ckpt.replaced")  # killed between two renames
-    assert newest_checkpoint([tmp_path]) == target
+    put_back(target)
     assert (target / "share.pt").read_text() == "third"
