@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_moe.adapters import count_experts, find_sites
 from lit_moe.adapters.site import MoESite
+from lit_moe.callbacks.base import ExpertPruning
 from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import ReportWriter, report_writer
 from lit_moe.errors import LitMoEError
@@ -102,8 +103,16 @@ class ExpertMerging(Callback):
                 "do not carry merge plans yet; export the merged model and start from that folder"
             )
         others = [c for c in trainer.callbacks if isinstance(c, ExpertMerging)]  # type: ignore[attr-defined]
-        if stage == "fit" and len(others) > 1:
+        if stage != "fit":
+            return
+        if len(others) > 1:
             raise LitMoEError(f"{len(others)} ExpertMerging callbacks are given; keep one")
+        droppers = [c for c in trainer.callbacks if isinstance(c, ExpertPruning)]  # type: ignore[attr-defined]
+        if droppers:
+            raise LitMoEError(
+                f"ExpertMerging and {type(droppers[0]).__name__} are both given, but a run keeps "
+                "one plan: take one of the two, export, and do the other to that folder"
+            )
 
     def on_model_built(self, trainer: Trainer, module: MoEModule) -> None:
         """When the model is built and nothing wraps it yet. Merges experts; only in a fit.
@@ -139,11 +148,6 @@ class ExpertMerging(Callback):
             raise LitMoEError(
                 "ExpertMerging needs the whole model on each rank, but the strategy loads it in "
                 "shares: set shard_on_load: false in trainer.strategy.init_args"
-            )
-        if module.plan is not None:
-            raise LitMoEError(
-                "ExpertMerging stands behind a callback that dropped experts, and a run keeps one "
-                "plan: export the pruned model and merge that folder, or take one of the two"
             )
 
     def _counts(self, family: str, sites: tuple[MoESite, ...]) -> dict[str, int]:

@@ -206,10 +206,11 @@ def test_validation_and_test_merge_nothing(stage, checkpoint, make_data, make_tr
     assert count_experts(find_sites(module.built_model)) == dict.fromkeys(LAYERS, 8)
 
 
-def test_a_pruned_model_is_not_merged_in_the_same_run(checkpoint, make_data, make_trainer):
-    pruning = OneShotPruning("frequency", keep_ratio=0.75)
-    trainer = make_trainer(pruning, ExpertMerging(groups=4), ReportWriter(**QUIET))
-    with pytest.raises(LitMoEError, match="behind a callback that dropped experts"):
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_pruned_model_is_not_merged_in_the_same_run(checkpoint, make_data, make_trainer, first):
+    both = [OneShotPruning("frequency", keep_ratio=0.75), ExpertMerging(groups=4)]
+    trainer = make_trainer(both[first], both[1 - first], ReportWriter(**QUIET))
+    with pytest.raises(LitMoEError, match="ExpertMerging and OneShotPruning are both given"):
         fit(trainer, MoEModule(str(checkpoint)), make_data())
 
 

@@ -39,13 +39,17 @@ def why_not() -> str | None:
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
         return f"no network namespaces here: {made.stderr.strip()}"
+    joined = subprocess.run(
+        ["ip", "-n", name, "link", "add", "probe-a", "type", "veth", "peer", "name", "probe-b"],
+        capture_output=True,
+        text=True,
+    )
     subprocess.run(["ip", "netns", "delete", name], check=True)
-    return None
+    return f"no cables here: {joined.stderr.strip()}" if joined.returncode else None
 
 
 REASON = why_not()
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.distributed,
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
@@ -94,6 +98,7 @@ def test_torchrun_sh_on_two_hosts(hosts, one, checkpoint, pages, tmp_path):
     agrees(tmp_path, one)
 
 
+@pytest.mark.slow
 def test_deepspeed_sh_on_two_hosts_without_ssh(hosts, one, checkpoint, pages, tmp_path):
     config = write_config(tmp_path, checkpoint, pages, stage=2)
     hostfile = tmp_path / "hostfile"
@@ -102,6 +107,7 @@ def test_deepspeed_sh_on_two_hosts_without_ssh(hosts, one, checkpoint, pages, tm
     agrees(tmp_path, one)
 
 
+@pytest.mark.slow
 def test_plain_variables_on_two_hosts(hosts, one, checkpoint, pages, tmp_path):
     config = write_config(tmp_path, checkpoint, pages, stage=2)
     words = [f"--config={config}", "--trainer.num_nodes=2", "--trainer.devices=1"]
@@ -116,6 +122,7 @@ def test_plain_variables_on_two_hosts(hosts, one, checkpoint, pages, tmp_path):
     agrees(tmp_path, one)
 
 
+@pytest.mark.slow
 def test_a_host_that_nobody_answers_is_one_sentence(hosts, checkpoint, pages, tmp_path):
     config = write_config(tmp_path, checkpoint, pages, stage=2)
     words = [f"--config={config}", "--trainer.num_nodes=2", "--trainer.devices=1"]
@@ -127,6 +134,7 @@ def test_a_host_that_nobody_answers_is_one_sentence(hosts, checkpoint, pages, tm
     assert_one_sentence(log, "rank 1 did not find all 2 processes of the run by 10.77.0.9:")
 
 
+@pytest.mark.slow
 def test_hosts_whose_name_means_loopback_are_told_of_the_interface(
     hosts, checkpoint, pages, tmp_path
 ):
