@@ -37,6 +37,9 @@ _KEY = re.compile(
     r"(?:(?:[Oo]ption|(?<!Parser )[Kk]ey|attribute) ['\"]|unrecognized arguments: --)([\w.]+)"
 )
 
+# What lightning says of requests that only their author can change.
+_REQUESTS = ("SLURM", "launcher started", "does not match", "invalid strategy name")
+
 
 class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -75,7 +78,7 @@ class _CLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())
-            if not any(sign in said for sign in ("SLURM", "launcher started", "does not match")):
+            if not any(sign in said for sign in _REQUESTS):
                 raise
             raise LitMoEError(said) from error
         _check_world(trainer)

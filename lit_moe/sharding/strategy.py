@@ -256,7 +256,12 @@ def _forget_compiled_collectives() -> None:
 
 
 def register_short_names() -> None:
-    """Let ``strategy: zero1``, ``zero2``, ``zero3`` and ``zero3_offload`` name this strategy."""
+    """Let ``strategy: zero1``, ``zero2``, ``zero3``, ``zero3_offload`` name this strategy.
+
+    Its own dotted name, which lightning lowers before it looks, stands for stage 2.
+    """
+    name = f"lit_moe.sharding.{MoEDeepSpeed.__name__}".lower()
+    StrategyRegistry.register(name, MoEDeepSpeed, description="DeepSpeed ZeRO", override=True)
     for stage in (1, 2, 3):
         StrategyRegistry.register(
             f"zero{stage}",

@@ -2,13 +2,18 @@
 
 import types
 
+import lightning as L
 import pytest
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lit_moe import MoEModule, agreement, cli
 from lit_moe.agreement import check_versions_agree, lost_contact
 from lit_moe.errors import LitMoEError
-from lit_moe.sharding import DeepSpeedLauncherEnvironment, MoEDeepSpeed
+from lit_moe.sharding import (
+    DeepSpeedLauncherEnvironment,
+    MoEDeepSpeed,
+    register_short_names,
+)
 from lit_moe.testing import run_distributed
 
 
@@ -127,3 +132,18 @@ def test_the_deepspeed_launcher_says_which_machine_this_is(monkeypatch):
 )
 def test_a_lost_contact_is_told_from_other_errors(error, lost):
     assert lost_contact(error) is lost
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "lit_moe.sharding.MoEDeepSpeed"])
+def test_names_of_the_strategy(name):
+    register_short_names()
+    trainer = L.Trainer(accelerator="cpu", devices=1, strategy=name, logger=False)
+    assert isinstance(trainer.strategy, MoEDeepSpeed)
+    assert trainer.strategy.stage == (int(name[-1]) if name.startswith("zero") else 2)
+
+
+def test_an_unknown_strategy_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lit-moe"])
+    words = ["fit", "--config=configs/one_shot/reap.yaml", "--trainer.strategy=zero4"]
+    assert cli.main(words) == 2
+    assert "invalid strategy name" in capsys.readouterr().err
