@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from lit_moe.distill.routers import recorded_routers
 from lit_moe.distill.step import Step
 
 
-class Term:
+class Term(ABC):
     """One term of the loss.
 
     Attributes:
@@ -43,6 +44,7 @@ class Term:
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model that this term cannot be computed for."""
+        del model  # most can be computed for every model
 
     @contextmanager
     def watching_teacher(self, step: Step) -> Iterator[None]:
@@ -56,9 +58,9 @@ class Term:
         del step
         yield
 
+    @abstractmethod
     def value(self, step: Step) -> Tensor:
         """Return the term before it is weighted, a scalar."""
-        raise NotImplementedError
 
     def details(self) -> dict[str, Tensor | float]:
         """Return what is logged of the last step beside the value."""
@@ -70,6 +72,7 @@ class Term:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
+        del state  # most remember nothing
 
 
 class NextToken(Term):

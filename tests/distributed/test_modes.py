@@ -111,14 +111,18 @@ def test_a_deepspeed_file_decides_the_stage(setup, tmp_path):
     assert stages == [1, 1]
 
 
-@pytest.mark.parametrize("offloaded", ["optimizer", "both"])
-@pytest.mark.parametrize("stage", some([3], [1, 2]))
+@pytest.mark.parametrize(
+    ("stage", "offloaded"),
+    [
+        (3, "optimizer"),
+        (3, "both"),
+        pytest.param(1, "optimizer", marks=pytest.mark.slow),
+        pytest.param(2, "optimizer", marks=pytest.mark.slow),
+    ],
+)
 def test_an_offloaded_optimizer_takes_the_same_steps_without_a_compiler(
     setup, alone, stage, offloaded
 ):
-    if offloaded == "both" and stage < 3:
-        pytest.skip("only stage 3 moves parameters")
-
     def strategy():
         both = offloaded == "both"
         return MoEDeepSpeed(stage=stage, offload_optimizer=True, offload_parameters=both)
