@@ -26,6 +26,7 @@ from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
 from lit_moe.partitions import is_partitioned
 from lit_moe.plan import KeepPlan
+from lit_moe.plans import Plan, only_drops
 from lit_moe.selection import (
     Budget,
     as_patterns,
@@ -188,15 +189,16 @@ class ExpertPruning(Callback):
 
     def record(self, trainer: Trainer, module: MoEModule, criterion: str) -> None:
         """Write what was decided into the report and beside it."""
-        assert module.plan is not None
+        plan = only_drops(module.plan, purpose="the record of dropped experts")
+        assert plan is not None
         writer = report_writer(trainer)
-        writer.report.record_plan(module.plan)
+        writer.report.record_plan(plan)
         writer.report.criterion = criterion
         writer.count(module, "after")
         writer.write()
         if trainer.is_global_zero:
             writer.folder.mkdir(parents=True, exist_ok=True)
-            module.plan.save(writer.folder / "plan.json")
+            plan.save(writer.folder / "plan.json")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -271,15 +273,20 @@ def one_budget(keep_ratio: float | None, budget: Budget | None) -> Budget:
     return budget if budget is not None else Budget(keep_ratio=keep_ratio)
 
 
-def composed(first: KeepPlan, second: KeepPlan) -> KeepPlan:
+def composed(first: Plan, second: KeepPlan) -> KeepPlan:
     """Return what two plans do one after the other; the second numbers what the first keeps.
+
+    Raises:
+        PlanError: if the first one merges experts.
 
     >>> first, second = KeepPlan({"a": (0, 2, 3)}, {"a": 4}), KeepPlan({"a": (1,)}, {"a": 3})
     >>> composed(first, second).kept
     {'a': (2,)}
     """
-    kept = {name: tuple(first.kept[name][e] for e in ids) for name, ids in second.kept.items()}
-    return KeepPlan(kept, first.num_experts, first.family, first.source)
+    before = only_drops(first, purpose="dropping experts")
+    assert before is not None
+    kept = {name: tuple(before.kept[name][e] for e in ids) for name, ids in second.kept.items()}
+    return KeepPlan(kept, before.num_experts, before.family, before.source)
 
 
 @dataclass(frozen=True)

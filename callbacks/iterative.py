@@ -27,6 +27,7 @@ from lit_moe.errors import LitMoEError
 from lit_moe.masking import RouterMask
 from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
+from lit_moe.plans import only_drops
 from lit_moe.selection import Budget, keep_top_per_group, layer_counts, layer_rules, select
 from lit_moe.selection.counts import total_experts
 
@@ -109,7 +110,7 @@ class IterativePruning(ExpertPruning):
             return
         sites = find_sites(module.built_model)
         self._plan_rounds(trainer, module, sites)
-        plan = module.checkpoint_plan()
+        plan = only_drops(module.checkpoint_plan(), purpose="going on with rounds of dropping")
         if plan is not None:  # the rest comes with the state of this callback
             self.cut(trainer, module, plan)
             self.record(trainer, module, self.criterion.name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -16,7 +17,7 @@ from lit_moe.adapters.site import MoESite
 from lit_moe.callbacks.base import ExpertPruning
 from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import ReportWriter, report_writer
-from lit_moe.errors import LitMoEError
+from lit_moe.errors import LitMoEError, PlanError
 from lit_moe.grouping import (
     Coefficients,
     Decision,
@@ -31,8 +32,10 @@ from lit_moe.grouping import (
     report_of,
 )
 from lit_moe.merge_plan import MergePlan
+from lit_moe.merging import merge
 from lit_moe.module import MoEModule
 from lit_moe.partitions import is_partitioned
+from lit_moe.plans import Plan
 from lit_moe.report.figures import dendrograms, similarity_heatmaps
 from lit_moe.selection import Budget, layer_counts, parse_protection
 
@@ -44,7 +47,7 @@ class ExpertMerging(Callback):
     """Merges similar experts once, right after the model is built and before any strategy wraps it.
 
     The same plan comes out on one process and on many. ``Refit`` behind it re-fits the merged
-    experts. A run with it cannot go on from a checkpoint yet: export the model instead.
+    experts. A resumed run takes the plan of its checkpoint and compares nothing again.
 
     Args:
         similarity: what experts are grouped by: ``cka``, ``output_cosine``, ``mean_output``,
@@ -79,7 +82,7 @@ class ExpertMerging(Callback):
         learn: LearnOptions | None = None,
         plan: str | None = None,
     ) -> None:
-        self.plan_file = None if plan is None else MergePlan.load(plan)
+        self.plan_file = None if plan is None else _replayable(MergePlan.load(plan), plan)
         self.budget = None if plan is not None else Budget(keep_ratio, groups)
         self.protect = protect or []
         self.options = MergeOptions(
@@ -95,13 +98,8 @@ class ExpertMerging(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
-        """Before the model is built. Refuses what could not be written down."""
+        """Before the model is built. Refuses a second plan."""
         report_writer(trainer)
-        if pl_module.resume_from is not None:
-            raise LitMoEError(
-                f"{pl_module.resume_from} cannot be used in a run with ExpertMerging: checkpoints "
-                "do not carry merge plans yet; export the merged model and start from that folder"
-            )
         others = [c for c in trainer.callbacks if isinstance(c, ExpertMerging)]  # type: ignore[attr-defined]
         if stage != "fit":
             return
@@ -126,6 +124,10 @@ class ExpertMerging(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._check(module)
+        plan = module.checkpoint_plan()
+        if plan is not None:
+            self._resume(trainer, module, plan)
+            return
         writer, model = report_writer(trainer), module.built_model
         writer.on_model_built(trainer, module)
         module.to(trainer.strategy.root_device)
@@ -141,7 +143,28 @@ class ExpertMerging(Callback):
         with writer.phase("merge"):
             moved = apply(model, decision)
         self._record(trainer, module, decision, moved)
-        writer.measure(trainer, module, "pruned")
+        writer.measure(trainer, module, "merged")
+
+    def _resume(self, trainer: Trainer, module: MoEModule, plan: Plan) -> None:
+        """Give the model the shapes of the checkpoint, whose weights are loaded later.
+
+        Raises:
+            PlanError: if this run asks for other numbers of experts, or the checkpoint's run
+                dropped experts.
+        """
+        model = module.built_model
+        asked = self._counts(model.config.model_type, find_sites(model))
+        if not isinstance(plan, MergePlan) or plan.counts != asked:
+            done = "merged" if isinstance(plan, MergePlan) else "dropped"
+            raise PlanError(
+                f"checkpoint {module.resume_from} is of a run that {done} experts and has "
+                f"{_numbers(plan.counts)} of them left per layer; this run asks to merge them to "
+                f"{_numbers(asked)}: resume with the configuration of that run, or begin a new "
+                "one in another trainer.default_root_dir"
+            )
+        report_writer(trainer).on_model_built(trainer, module)
+        merge(model, plan)
+        module.plan = plan
 
     def _check(self, module: MoEModule) -> None:
         if is_partitioned(module.built_model):
@@ -177,7 +200,7 @@ class ExpertMerging(Callback):
         source = None if module.architecture is not None else module.model_name_or_path
         plan = decision.plan.made_for(family=module.built_model.config.model_type, source=source)
         agreed = MergePlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))
-        return dataclasses.replace(decision, plan=agreed)
+        return replace(decision, plan=agreed)
 
     def _record(
         self, trainer: Trainer, module: MoEModule, decision: Decision, moved: int | None
@@ -195,6 +218,7 @@ class ExpertMerging(Callback):
                 f"experts make it {decision.plan.keep_ratio:.4g}"
             )
         writer.report.calibration.tokens = decision.tokens
+        module.plan = replace(decision.plan, replayable=not decision.rebuilt)
         writer.count(module, "after")
         if trainer.is_global_zero:
             writer.folder.mkdir(parents=True, exist_ok=True)
@@ -205,6 +229,19 @@ class ExpertMerging(Callback):
         writer.write()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _replayable(plan: MergePlan, path: str) -> MergePlan:
+    if not plan.replayable:
+        raise PlanError(
+            f"the experts of {path} were rebuilt from segments, which no plan of whole experts "
+            "gives again; repeat the run that made them, or start from its export"
+        )
+    return plan
+
+
+def _numbers(counts: Mapping[str, int]) -> str:
+    return ", ".join(str(count) for count in sorted(set(counts.values())))
 
 
 def _draw(writer: ReportWriter, decision: Decision) -> list[str]:

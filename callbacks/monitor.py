@@ -6,7 +6,7 @@ L layers, E experts, N logged points in time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ class ExpertMonitor(Callback):
         writer = _writer(trainer)
         if writer is not None and pl_module.plan is not None:
             text = "\n".join(
-                f"    {name}: {list(ids)}" for name, ids in pl_module.plan.kept.items()
+                f"    {name}: {_named(pl_module.plan.members(name))}" for name in pl_module.plan
             )
             writer.add_text("experts/plan", text, trainer.global_step)
             writer.add_image(
@@ -130,12 +130,22 @@ def load_measures(load_E: Tensor) -> dict[str, float]:
 
 
 def kept_map(plan: Any) -> np.ndarray:
-    """Return an image of the plan: rows layers, columns experts, 1 where an expert stays."""
-    image = np.zeros((len(plan.kept), max(plan.num_experts.values())))
-    for row, (name, ids) in enumerate(plan.kept.items()):
+    """Return an image of the plan: rows layers, columns experts, 1 where one stays or is merged."""
+    image = np.zeros((len(list(plan)), max(plan.num_experts.values())))
+    for row, name in enumerate(plan):
         image[row, : plan.num_experts[name]] = 0.3
-        image[row, list(ids)] = 1.0
+        for members in plan.members(name):
+            image[row, list(members)] = 1.0
     return enlarge(image)
+
+
+def _named(members: Sequence[Sequence[int]]) -> str:
+    """Return ``[1, 3]`` for experts that stay, ``[0+2, 1+3]`` for merged ones.
+
+    >>> _named([(0, 2), (1,)])
+    '[0+2, 1]'
+    """
+    return f"[{', '.join('+'.join(map(str, ids)) for ids in members)}]"
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:

@@ -15,7 +15,10 @@ from lit_moe.criteria import UnroutedRule
 from lit_moe.errors import PlanError
 from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
+from lit_moe.plans import only_drops
 from lit_moe.selection import Budget, layer_counts, select
+
+_RESUMING = "going on with a run that dropped experts"
 
 
 class OneShotPruning(ExpertPruning):
@@ -66,7 +69,7 @@ class OneShotPruning(ExpertPruning):
         if writer is None:
             return
         model = module.built_model
-        plan = module.checkpoint_plan() or self.plan_file
+        plan = only_drops(module.checkpoint_plan(), purpose=_RESUMING) or self.plan_file
         if plan is None:
             sites = find_sites(model)
             budget = self.checked_budget(trainer, module, sites)

@@ -79,7 +79,7 @@ class Refit(Callback):
         writer.on_model_built(trainer, module)
         module.to(trainer.strategy.root_device)
         teacher = self._teacher(module)
-        if self.teacher is not None and "pruned" not in writer.report.quality:
+        if self.teacher is not None and not {"pruned", "merged"} & set(writer.report.quality):
             writer.measure(trainer, module, "before")
         batches = calibration_share(trainer)
         num_layers = len(find_sites(module.built_model)) if trainer.is_global_zero else 0

@@ -188,7 +188,7 @@ class ReportWriter(Callback):
         """Record the stage after training, once; nothing if no step was taken."""
         if trainer.global_step == 0 or {"recovered", "trained"} & set(self.report.quality):
             return
-        changed = {"pruned", "refitted"} & set(self.report.quality)
+        changed = {"pruned", "merged", "refitted"} & set(self.report.quality)
         self.measure(trainer, module, "recovered" if changed else "trained")
 
     def write(self) -> None:

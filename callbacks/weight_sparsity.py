@@ -20,6 +20,7 @@ from lit_moe.callbacks.report import ReportWriter, report_writer
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
 from lit_moe.partitions import is_partitioned
+from lit_moe.plans import only_drops
 from lit_moe.sparsity import (
     CubicSchedule,
     SparsityOptions,
@@ -135,7 +136,9 @@ class WeightPruning(Callback):
             writer.folder.mkdir(parents=True, exist_ok=True)
             self.masks.save(writer.folder / MASKS_NAME)
         writer.measure(
-            trainer, module, "thinned" if "pruned" in writer.report.quality else "pruned"
+            trainer,
+            module,
+            "thinned" if {"pruned", "merged"} & set(writer.report.quality) else "pruned",
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
@@ -256,10 +259,14 @@ class WeightPruning(Callback):
             return
         shapes = shapes_of(module.built_model)
         if self.masks is not None and self.masks.shapes != shapes:
-            self.masks = self.masks.shrunk(plan)
+            kept = only_drops(plan, purpose="carrying weight masks over to a smaller model")
+            assert kept is not None
+            self.masks = self.masks.shrunk(kept)
         for name, moments in self._moments.items():
             if len(moments.count) != shapes[name]["down"][0]:
-                self._moments[name] = moments.of_experts(plan.kept[name])
+                kept = only_drops(plan, purpose="carrying statistics over to a smaller model")
+                assert kept is not None
+                self._moments[name] = moments.of_experts(kept.kept[name])
 
     def _decide(self, module: MoEModule, progress: float) -> None:
         self.masks = masks_from_moments(

@@ -24,6 +24,7 @@ from transformers.utils import (
 
 from lit_moe.errors import LitMoEError, UnsupportedModelError
 from lit_moe.heterogeneous import global_values_readable, per_layer_counts
+from lit_moe.mixed_routing import mixed_when_built
 from lit_moe.progress import late_progress_bars
 
 REMOTE_CODE_FILE = "modeling_lit_moe.py"
@@ -110,7 +111,7 @@ def auto_class(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> Any:
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a checkpoint, also one whose layers keep different numbers of experts.
+    """Load a checkpoint, also one whose layers differ in their experts or whose routers mix.
 
     For uniform checkpoints this is plain ``from_pretrained`` of the saved architecture.
 
@@ -132,7 +133,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     _forget_remote_copy(config)
     cls = model_class(config)
     kwargs.setdefault("dtype", "auto")
-    with per_layer_counts(config, cls), late_progress_bars():
+    with per_layer_counts(config, cls), mixed_when_built(config, cls), late_progress_bars():
         return cls.from_pretrained(path, config=config, **kwargs)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lit_moe.adapters import Handle, adapter_for, count_experts, find_sites
 from lit_moe.adapters.router_mask import is_masked
+from lit_moe.mixed_routing import is_mixed
 from lit_moe.plan import KeepPlan
 
 
@@ -56,6 +57,11 @@ class RouterMask:
         for site in self._sites:
             if is_masked(self._model.get_submodule(site.router)):
                 raise RuntimeError(f"{site.name} is masked already; detach that mask first")
+            if is_mixed(self._model.get_submodule(site.router)):
+                raise RuntimeError(
+                    f"the router of {site.name} mixes probabilities of former experts, so that no "
+                    "expert has a row of its own to be hidden"
+                )
         for site in self._sites:
             kept = self._plan.kept[site.name]
             if len(kept) < site.num_experts:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from lit_moe.errors import PlanError
 from lit_moe.plan import KeepPlan
 
 FORMAT = "lit-moe/merge-plan/1"
-ROUTER_SPACE = "rows"
+RouterSpace = Literal["rows", "probabilities"]
 _EXPERTS, _ROUTER = "experts", "router"
 
 
@@ -30,26 +30,36 @@ _EXPERTS, _ROUTER = "experts", "router"
 class MergePlan:
     """How the experts of each MoE layer are combined.
 
-    New expert ``n`` of a layer has the weights ``sum_e experts[n, e] W_e``, its router row is
-    ``sum_e routers[n, e] w_e``; biases likewise.
+    New expert ``n`` of a layer has the weights ``sum_e experts[n, e] W_e``. What the router map
+    acts on is the router space: in ``rows`` its router row is ``sum_e routers[n, e] w_e``, biases
+    likewise. In ``probabilities`` (EEP, arXiv 2407.00945, eq. 5) the old router stays, and the
+    new expert's probability is ``sum_e routers[n, e] p_e``, before the top-k are taken.
 
     Attributes:
         experts: MoE layer name -> coefficients of the expert weights, shape ``(N, E)``, float64.
-        routers: MoE layer name -> coefficients of the router rows, same shape.
+        routers: MoE layer name -> coefficients of router rows or probabilities, same shape.
         family: model type that the plan was made for; None if unknown. Like ``source`` it says
             where a decision comes from, not what it is: equal decisions are equal plans.
         source: folder or hub id of that model; None if unknown.
+        router_space: what the router maps act on.
+        top_k: experts that a token uses afterwards; None leaves their number.
+        replayable: whether the plan alone gives the merged model. Experts that were rebuilt from
+            segments of others are no sums of whole ones; then it says how many there are and what
+            became of the routers.
 
     Raises:
         PlanError: if the mappings name different layers, shapes do not fit, a layer has more
-            experts than before or none, a coefficient is not finite, or a new expert is made of
-            nothing.
+            experts than before or none or fewer than ``top_k``, a coefficient is not finite, or a
+            new expert is made of nothing.
     """
 
     experts: Mapping[str, Tensor]
     routers: Mapping[str, Tensor]
     family: str | None = field(default=None)
     source: str | None = field(default=None)
+    router_space: RouterSpace = "rows"
+    top_k: int | None = None
+    replayable: bool = True
 
     def __post_init__(self) -> None:
         for name in ("experts", "routers"):
@@ -59,14 +69,22 @@ class MergePlan:
         if set(self.experts) != set(self.routers):
             odd = sorted(set(self.experts) ^ set(self.routers))
             raise PlanError(f"plan names layers {odd} in only one of `experts` and `routers`")
+        if self.router_space not in get_args(RouterSpace):
+            raise PlanError(
+                f"router maps act on {' or '.join(get_args(RouterSpace))} here; the plan's act on "
+                f"{self.router_space!r}"
+            )
         for layer, map_NE in self.experts.items():
             _check_maps(layer, map_NE, self.routers[layer])
+            _check_top_k(layer, self.top_k, len(map_NE))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.experts)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MergePlan) or set(self) != set(other):
+            return False
+        if (self.router_space, self.top_k) != (other.router_space, other.top_k):
             return False
         return all(
             torch.equal(self.experts[layer], other.experts[layer])
@@ -86,7 +104,13 @@ class MergePlan:
         return cls(maps, maps, plan.family, plan.source)
 
     def as_keep_plan(self) -> KeepPlan | None:
-        """Inverse of :meth:`from_keep_plan`; None for a plan that does more than drop."""
+        """Inverse of :meth:`from_keep_plan`; None for a plan that does more than drop.
+
+        One-hot maps of probabilities drop experts too where the chosen weights are divided by
+        their sum; elsewhere the others keep the share that they had, so this is None for them.
+        """
+        if self.router_space != "rows" or self.top_k is not None:
+            return None
         kept = {}
         for layer, map_NE in self.experts.items():
             ids = map_NE.argmax(dim=1)
@@ -101,6 +125,8 @@ class MergePlan:
     @property
     def is_identity(self) -> bool:
         """Whether every expert stays as it is."""
+        if self.top_k is not None:
+            return False
         eyes = {k: torch.eye(n, dtype=torch.float64) for k, n in self.num_experts.items()}
         maps = (self.experts, self.routers)
         return all(torch.equal(m[layer], eye) for layer, eye in eyes.items() for m in maps)
@@ -144,7 +170,9 @@ class MergePlan:
             if not torch.equal(map_NE, self.routers[layer]):
                 layers[layer][_ROUTER] = _sparse(self.routers[layer])
         model = {"family": self.family, "source": self.source}
-        return {"format": FORMAT, "model": model, "router_space": ROUTER_SPACE, "layers": layers}
+        fields: dict[str, Any] = {"router_space": self.router_space, "top_k": self.top_k}
+        fields["replayable"] = self.replayable
+        return {"format": FORMAT, "model": model, **fields, "layers": layers}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MergePlan:
@@ -157,13 +185,14 @@ class MergePlan:
         if found != FORMAT:
             raise PlanError(f"not a merge plan: expected format {FORMAT!r}, found {found!r}")
         try:
-            _check_space(data["router_space"])
             layers, model = data["layers"], data["model"]
             experts = {k: _dense(v[_EXPERTS], v["num_experts"]) for k, v in layers.items()}
             routers = {
                 k: _dense(v.get(_ROUTER, v[_EXPERTS]), v["num_experts"]) for k, v in layers.items()
             }
-            return cls(experts, routers, model["family"], model["source"])
+            more = {key: data[key] for key in ("top_k", "replayable") if key in data}
+            space = data["router_space"]
+            return cls(experts, routers, model["family"], model["source"], space, **more)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise PlanError(f"merge plan is damaged: {error!r} is missing or malformed") from error
 
@@ -178,7 +207,10 @@ class MergePlan:
         known = {"family": self.family, "source": self.source}
         texts = {name: text for name, text in known.items() if text is not None}
         order = json.dumps(list(self.experts))
-        metadata = {"format": FORMAT, "router_space": ROUTER_SPACE, "layers": order, **texts}
+        if self.top_k is not None:
+            texts["top_k"] = str(self.top_k)
+        texts["replayable"] = json.dumps(self.replayable)
+        metadata = {"format": FORMAT, "router_space": self.router_space, "layers": order, **texts}
         save_file(tensors, path, metadata=metadata)
 
     @classmethod
@@ -208,18 +240,21 @@ def _load_tensors(path: Path) -> MergePlan:
             raise PlanError(
                 f"not a merge plan: expected format {FORMAT!r}, found {metadata.get('format')!r}"
             )
-        _check_space(metadata.get("router_space"))
         layers = json.loads(metadata["layers"])
         experts, routers = (
             {layer: file.get_tensor(f"{kind}/{layer}") for layer in layers}
             for kind in (_EXPERTS, _ROUTER)
         )
-    return MergePlan(experts, routers, metadata.get("family"), metadata.get("source"))
-
-
-def _check_space(space: object) -> None:
-    if space != ROUTER_SPACE:
-        raise PlanError(f"router maps act on {ROUTER_SPACE!r} here; the plan's act on {space!r}")
+    top_k = metadata.get("top_k")
+    return MergePlan(
+        experts,
+        routers,
+        metadata.get("family"),
+        metadata.get("source"),
+        metadata.get("router_space", "rows"),
+        None if top_k is None else int(top_k),
+        json.loads(metadata.get("replayable", "true")),
+    )
 
 
 def _check_maps(layer: str, map_NE: Tensor, router_NE: Tensor) -> None:
@@ -236,6 +271,14 @@ def _check_maps(layer: str, map_NE: Tensor, router_NE: Tensor) -> None:
     empty = (map_NE == 0).all(dim=1).nonzero().flatten().tolist()
     if empty:
         raise PlanError(f"layer {layer!r}: new expert {empty[0]} is made of no old expert")
+
+
+def _check_top_k(layer: str, top_k: int | None, num_experts: int) -> None:
+    if top_k is not None and not 1 <= top_k <= num_experts:
+        raise PlanError(
+            f"layer {layer!r}: top_k={top_k} of {num_experts} experts cannot be active; 1 to "
+            f"{num_experts}"
+        )
 
 
 def _sparse(map_NE: Tensor) -> list[dict[str, float]]:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from transformers import PreTrainedModel
 
 from lit_moe.accounting import count_bytes, count_parameters
 from lit_moe.adapters import MoEAdapter, MoESite, adapter_for, count_experts, find_sites
+from lit_moe.adapters.legality import check_top_k
 from lit_moe.adapters.router_mask import is_masked
 from lit_moe.adapters.site import ExpertAxis
 from lit_moe.adapters.slicing import replace_tensor
 from lit_moe.errors import PlanError
 from lit_moe.merge_plan import MergePlan
+from lit_moe.mixed_routing import Mixing, is_mixed
+from lit_moe.mixing import mix_, mixings, old_rows
 from lit_moe.partitions import is_managed, is_partitioned, opened
-from lit_moe.surgery import ShrinkReport
+from lit_moe.plans import Plan
+from lit_moe.surgery import ShrinkReport, shrink
 
 
 def merge(model: PreTrainedModel, plan: MergePlan) -> ShrinkReport:
@@ -38,6 +44,11 @@ def merge(model: PreTrainedModel, plan: MergePlan) -> ShrinkReport:
     sites = find_sites(model)
     adapter = adapter_for(model.config)
     plan.check_fits(count_experts(sites), family=model.config.model_type)
+    mixing = _mixing(model, plan)
+    if plan.top_k is not None:
+        for site in sites:
+            check_top_k(site, plan.top_k, fixed=adapter.top_k_is_fixed)
+        sites = tuple(replace(site, top_k=plan.top_k) for site in sites)
     slots = {site.name: _slots(site, plan) for site in sites}
     for site in sites:
         _check_site(model, site, plan, slots[site.name])
@@ -46,11 +57,17 @@ def merge(model: PreTrainedModel, plan: MergePlan) -> ShrinkReport:
     params_before, bytes_before = count_parameters(model, ()).total, count_bytes(model)
     if not plan.is_identity:
         adapter.check_counts(model.config, sites, plan.counts)
+        mixed = {
+            name: (how, plan.routers[name], old_rows(model, how)) for name, how in mixing.items()
+        }
+        if plan.top_k is not None:
+            adapter.set_top_k(model, plan.top_k)
         for site in sites:
             with opened(model, site.owners):
                 _combine_(model, adapter, site, plan, slots[site.name])
                 adapter.slice_(model, site, slots[site.name])
         adapter.finish_(model, sites, plan.counts)
+        mix_(model, mixed)
     return ShrinkReport(
         {site.name: (site.num_experts, plan.counts[site.name]) for site in sites},
         params_before,
@@ -58,6 +75,16 @@ def merge(model: PreTrainedModel, plan: MergePlan) -> ShrinkReport:
         bytes_before,
         count_bytes(model),
     )
+
+
+def apply_plan(model: PreTrainedModel, plan: Plan) -> ShrinkReport:
+    """Do to a model, in place, what a plan of any kind says.
+
+    Raises:
+        PlanError: see :func:`lit_moe.surgery.shrink` and :func:`merge`.
+        RuntimeError: likewise.
+    """
+    return merge(model, plan) if isinstance(plan, MergePlan) else shrink(model, plan)
 
 
 def combined(old: Tensor, axis: ExpertAxis, map_NE: Tensor, slots: Sequence[int]) -> Tensor:
@@ -95,8 +122,13 @@ def _by_expert(tensor: Tensor, axis: ExpertAxis) -> tuple[Tensor, ...]:
 def _combine_(
     model: PreTrainedModel, adapter: MoEAdapter, site: MoESite, plan: MergePlan, slots: list[int]
 ) -> None:
-    """Give one layer tensors of its own in which ``slots`` hold the new experts."""
+    """Give one layer tensors of its own in which ``slots`` hold the new experts.
+
+    A router that will mix probabilities keeps the row of the expert that counts most in each.
+    """
     experts, routers = plan.experts[site.name], plan.routers[site.name]
+    if plan.router_space == "probabilities":
+        routers = one_hot(routers.argmax(dim=1), routers.shape[1]).double()
     for axis in site.axes:
         if axis.kind == "id_table":
             continue
@@ -136,6 +168,28 @@ def own_parameters_(model: nn.Module, path: str) -> None:
         for name, held in module._parameters.items():
             if held is not None and id(held) in new:
                 module._parameters[name] = new[id(held)]
+
+
+def _mixing(model: PreTrainedModel, plan: MergePlan) -> dict[str, Mixing]:
+    """Return how the routers work that have to mix probabilities.
+
+    A router whose map is one-hot and whose chosen weights are divided by their sum need not: its
+    rows do the same.
+    """
+    if plan.router_space == "rows" or plan.is_identity:
+        return {}
+    found = mixings(model)
+    return {
+        name: how
+        for name, how in found.items()
+        if not (_is_one_hot(plan.routers[name]) and (how.renormalised or how.routing == "sigmoid"))
+    }
+
+
+def _is_one_hot(map_NE: Tensor) -> bool:
+    ids = map_NE.argmax(dim=1)
+    is_distinct = len(set(ids.tolist())) == len(ids)
+    return is_distinct and torch.equal(map_NE, one_hot(ids, map_NE.shape[1]).to(map_NE))
 
 
 def _slots(site: MoESite, plan: MergePlan) -> list[int]:
@@ -192,9 +246,15 @@ def _refuse_unready(model: nn.Module, sites: Sequence[MoESite]) -> None:
             "the model"
         )
     for site in sites:
-        if is_masked(model.get_submodule(site.router)):
+        router = model.get_submodule(site.router)
+        if is_masked(router):
             raise RuntimeError(
                 f"a router mask is attached to {site.name}; detach it before merging"
+            )
+        if is_mixed(router):
+            raise RuntimeError(
+                f"the router of {site.name} mixes probabilities of former experts; merge the model "
+                "that it was made of"
             )
         block = model.get_submodule(site.name)
         absent = [name for name, p in block.named_parameters() if p.is_meta]

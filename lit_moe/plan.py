@@ -81,6 +81,10 @@ class KeepPlan:
         stay = set(self.kept[layer])
         return tuple(e for e in range(self.num_experts[layer]) if e not in stay)
 
+    def members(self, layer: str) -> tuple[tuple[int, ...], ...]:
+        """Return for each expert that stays the ids of the old ones it is made of: its own."""
+        return tuple((expert,) for expert in self.kept[layer])
+
     def made_for(self, *, family: str | None, source: str | None = None) -> KeepPlan:
         """Return the same decision with the model that it was made for."""
         return replace(self, family=family, source=source)

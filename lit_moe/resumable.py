@@ -11,10 +11,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from lit_moe.errors import LitMoEError, PlanError
-from lit_moe.plan import KeepPlan
+from lit_moe.merging import apply_plan
+from lit_moe.plans import Plan, plan_from_dict
 from lit_moe.randomness import random_state, restore_random_state
 from lit_moe.resuming import OURS, complete_epoch, read_header
-from lit_moe.surgery import shrink
 
 
 class ResumableModule(L.LightningModule):
@@ -27,7 +27,7 @@ class ResumableModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.model: PreTrainedModel | None = None
-        self.plan: KeepPlan | None = None
+        self.plan: Plan | None = None
         self.resume_from: str | None = None
         self._random_to_restore: list[dict[str, Any]] = []
 
@@ -50,7 +50,7 @@ class ResumableModule(L.LightningModule):
     def load_loss_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`loss_state` gave."""
 
-    def checkpoint_plan(self) -> KeepPlan | None:
+    def checkpoint_plan(self) -> Plan | None:
         """Return the plan in the checkpoint that this run resumes from, without its weights."""
         if self.resume_from is None:
             return None
@@ -71,7 +71,7 @@ class ResumableModule(L.LightningModule):
         """
         plan = None if self.trainer.state.fn == TrainerFn.FITTING else self.checkpoint_plan()
         if plan is not None:
-            shrink(self.built_model, plan)
+            apply_plan(self.built_model, plan)
             self.plan = plan
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -96,9 +96,9 @@ class ResumableModule(L.LightningModule):
         """
         ours = checkpoint.get(OURS, {})
         data = ours.get("plan")
-        plan = None if data is None else KeepPlan.from_dict(data)
+        plan = None if data is None else plan_from_dict(data)
         if plan is not None and self.plan is None:
-            shrink(self.built_model, plan)
+            apply_plan(self.built_model, plan)
             self.plan = plan
         self.check_plan(plan)
         self._random_to_restore = ours.get("random", [])
@@ -116,7 +116,7 @@ class ResumableModule(L.LightningModule):
             restore_random_state(states[self.global_rank])
         self._random_to_restore = []
 
-    def check_plan(self, plan: KeepPlan | None) -> None:
+    def check_plan(self, plan: Plan | None) -> None:
         """Refuse a checkpoint of a model that kept other experts.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lit_moe.errors import LitMoEError
-from lit_moe.plan import KeepPlan
+from lit_moe.plans import Plan, plan_from_dict
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,14 +29,14 @@ class CheckpointHeader:
 
     Attributes:
         path: the file or folder.
-        plan: which experts the model had kept; None if none were dropped.
+        plan: how the experts of the model were made of those before; None if nothing was done.
         stage: ZeRO stage of the run that wrote it; None for a file.
         world_size: ranks of that run; None for a file.
         step: optimizer steps that had been taken.
     """
 
     path: Path
-    plan: KeepPlan | None
+    plan: Plan | None
     stage: int | None = None
     world_size: int | None = None
     step: int | None = None
@@ -111,9 +111,9 @@ def _load(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _plan(stored: dict[str, Any]) -> KeepPlan | None:
+def _plan(stored: dict[str, Any]) -> Plan | None:
     data = stored.get(OURS, {}).get("plan")
-    return None if data is None else KeepPlan.from_dict(data)
+    return None if data is None else plan_from_dict(data)
 
 
 def put_back(target: Path) -> None:

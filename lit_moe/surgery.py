@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lit_moe.accounting import count_bytes, count_parameters
 from lit_moe.adapters import MoESite, adapter_for, count_experts, find_sites
 from lit_moe.adapters.router_mask import is_masked
+from lit_moe.mixed_routing import is_mixed
 from lit_moe.partitions import is_managed, is_partitioned, opened
 from lit_moe.plan import KeepPlan
 
@@ -57,6 +58,7 @@ def shrink(model: PreTrainedModel, plan: KeepPlan) -> ShrinkReport:
     for site in sites:
         adapter.check_keep(site, plan.kept[site.name])
     _refuse_masked(model, sites)
+    _refuse_mixed(model, sites)
     _refuse_absent(model, sites)
     params_before, bytes_before = count_parameters(model, ()).total, count_bytes(model)
     if not plan.is_identity:
@@ -80,6 +82,15 @@ def _refuse_masked(model: nn.Module, sites: tuple[MoESite, ...]) -> None:
         raise RuntimeError(
             f"a router mask is attached to {masked[0]} and {len(masked) - 1} more layers; detach "
             "it before removing experts, its expert numbers would no longer fit"
+        )
+
+
+def _refuse_mixed(model: nn.Module, sites: tuple[MoESite, ...]) -> None:
+    mixed = [site.name for site in sites if is_mixed(model.get_submodule(site.router))]
+    if mixed:
+        raise RuntimeError(
+            f"the router of {mixed[0]} mixes probabilities of former experts, so that no expert "
+            "has a row of its own; drop experts from the model that it was made of"
         )
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ def test_a_plan_comes_back_from_a_file_to_the_last_digit(tmp_path, suffix):
     assert list(again) == ["b", "a"]
     assert (again.family, again.source) == ("mixtral", "folder")
     assert again.experts["b"][0, 0] == 1 / 3
+    mixed = replace(plan, router_space="probabilities", top_k=1, replayable=False)
+    mixed.save(tmp_path / f"mixed.{suffix}")
+    again = MergePlan.load(tmp_path / f"mixed.{suffix}")
+    assert again == mixed
+    assert again != plan
+    assert not again.replayable
 
 
 def test_a_router_map_equal_to_the_expert_map_is_not_written_twice():
@@ -95,7 +102,8 @@ def test_a_malformed_plan_is_refused(experts, routers, message):
     ("change", "message"),
     [
         ({"format": "lit-moe/keep-plan/1"}, "not a merge plan"),
-        ({"router_space": "probabilities"}, "act on 'rows' here; the plan's act on 'prob"),
+        ({"router_space": "logits"}, "act on rows or probabilities here; .* act on 'logits"),
+        ({"top_k": 3}, "top_k=3 of 2 experts"),
         ({"layers": {"a": {"experts": []}}}, "damaged"),
         ({"layers": {"a": {"num_experts": 2, "experts": [{"2": 1.0}]}}}, "expert '2' of 2"),
         ({"layers": {"a": {"num_experts": 2, "experts": [{"-1": 1.0}]}}}, "expert '-1' of 2"),

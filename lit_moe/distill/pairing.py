@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import MoESite, find_sites
 from lit_moe.errors import LitMoEError
 from lit_moe.plan import KeepPlan
+from lit_moe.plans import Plan, only_drops
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Pairing:
 
     @classmethod
     def of(
-        cls, student: PreTrainedModel, teacher: PreTrainedModel, plan: KeepPlan | None
+        cls, student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan | None
     ) -> Pairing:
         """Pair experts by their original ids.
 
@@ -51,8 +52,10 @@ class Pairing:
             plan: None if no expert was dropped.
 
         Raises:
-            LitMoEError: if the two have other layers, or expert counts that no plan explains.
+            LitMoEError: if the two have other layers, or expert counts that no plan explains, or
+                experts were merged.
         """
+        kept = only_drops(plan, purpose="comparing experts or routers with the teacher's")
         mine, theirs = find_sites(student), {site.name: site for site in find_sites(teacher)}
         absent = [site.name for site in mine if site.name not in theirs]
         if absent or len(mine) != len(theirs):
@@ -61,7 +64,7 @@ class Pairing:
                 f"names: {absent[:3]}); experts can be compared only between a model and what it "
                 "was before"
             )
-        return cls(tuple(_paired(site, theirs[site.name], plan) for site in mine))
+        return cls(tuple(_paired(site, theirs[site.name], kept) for site in mine))
 
 
 def _paired(student: MoESite, teacher: MoESite, plan: KeepPlan | None) -> LayerPairing:

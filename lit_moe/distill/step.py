@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_moe.plan import KeepPlan
+from lit_moe.plans import Plan
 from lit_moe.stats.tap import TokenMask
 
 IGNORED = -100
@@ -53,7 +53,7 @@ class Step:
     student: PreTrainedModel
     teacher: PreTrainedModel | None
     batch: Mapping[str, Tensor]
-    plan: KeepPlan | None = None
+    plan: Plan | None = None
     ranks: Ranks = ALONE
     logits: Tensor | None = None
     teacher_logits: Tensor | None = None

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 import lit_moe
 from lit_moe.checkpoints import auto_class
-from lit_moe.plan import KeepPlan
+from lit_moe.merge_plan import MergePlan
+from lit_moe.mixed_routing import CONFIG_KEY
+from lit_moe.plans import Plan
 
 PLAN_FILE = "lit_moe_plan.json"
 REPORT_FILE = "report.json"
@@ -23,7 +25,7 @@ def write_documents(
     model: PreTrainedModel,
     *,
     result: Mapping[str, Any],
-    plan: KeepPlan | None,
+    plan: Plan | None,
     report: Mapping[str, Any] | None,
 ) -> None:
     """Write plan, report and model card into ``folder``.
@@ -49,7 +51,7 @@ def model_card(
     model: PreTrainedModel,
     *,
     layout: str,
-    plan: KeepPlan | None,
+    plan: Plan | None,
     report: Mapping[str, Any],
 ) -> str:
     """Return the Markdown model card: what was removed from what, how, at what price, how to load.
@@ -66,6 +68,7 @@ def model_card(
         _facts(report),
         _quality(report.get("quality") or {}),
         _loading(model, layout),
+        _likeness(model),
         _layers(plan),
     ]
     return "\n".join(section for section in sections if section)
@@ -83,18 +86,29 @@ def _front_matter(source: str) -> str:
 
 
 def _summary(
-    name: str, model: PreTrainedModel, plan: KeepPlan | None, report: Mapping[str, Any]
+    name: str, model: PreTrainedModel, plan: Plan | None, report: Mapping[str, Any]
 ) -> str:
     made = f"Made from `{name}` (family `{model.config.model_type}`) with lit-moe"
     made += f" {lit_moe.__version__}"
     if plan is None or plan.is_identity:
         return f"{made}.\n"
     before, after = sum(plan.num_experts.values()), sum(plan.counts.values())
+    if isinstance(plan, MergePlan):
+        return f"{made} {_merged(plan, before, after)}\n"
     chosen = f" chosen by the criterion `{report['criterion']}`" if report.get("criterion") else ""
     return (
         f"{made} by removing whole experts: {after} of {before} routed experts "
         f"({plan.keep_ratio:.0%}) stay{chosen}. No other part was removed.\n"
     )
+
+
+def _merged(plan: MergePlan, before: int, after: int) -> str:
+    said = f"by merging: {after} experts were made of {before} routed ones ({plan.keep_ratio:.0%})."
+    if plan.top_k is not None:
+        said += f" A token uses {plan.top_k} of them."
+    if plan.router_space == "probabilities":
+        said += " Routers choose by mixed probabilities of the former experts."
+    return said
 
 
 def _refit(refit: Mapping[str, Any] | None) -> str:
@@ -138,15 +152,31 @@ def _quality(stages: Mapping[str, Any]) -> str:
 
 def _loading(model: PreTrainedModel, layout: str) -> str:
     cls = _auto_name(model)
-    if layout != "per_layer_config":
+    if layout not in ("per_layer_config", "mixed_routers"):
         code = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("this folder")'
         return f"## Loading\n\n```python\n{code}\n```\n"
     return (
-        "## Loading\n\nLayers keep different numbers of experts (config.json, `per_layer_config`)."
+        f"## Loading\n\n{_PECULIARITIES[layout]}"
         "\nWith lit-moe:\n\n```python\nfrom lit_moe.export import load\n\n"
         'model = load("this folder")\n```\n\nWithout it, by the modelling code in this folder:\n\n'
         f"```python\nfrom transformers import {cls}\n\n"
         f'model = {cls}.from_pretrained("this folder", trust_remote_code=True)\n```\n'
+    )
+
+
+_PECULIARITIES = {
+    "per_layer_config": "Layers keep different numbers of experts (config.json, "
+    "`per_layer_config`).",
+    "mixed_routers": f"Routers mix probabilities (config.json, `{CONFIG_KEY}`).",
+}
+
+
+def _likeness(model: PreTrainedModel) -> str:
+    if not getattr(model.config, CONFIG_KEY, None):
+        return ""
+    return (
+        "Loaded as a plain model of its family, its routers are a likeness: rows that stand for "
+        "the mixed probabilities, and former rows that transformers reports as unexpected.\n"
     )
 
 
@@ -158,11 +188,11 @@ def _auto_name(model: PreTrainedModel) -> str:
     return type(model).__name__
 
 
-def _layers(plan: KeepPlan | None) -> str:
+def _layers(plan: Plan | None) -> str:
     if plan is None or plan.is_identity:
         return ""
-    rows = [
-        f"| `{layer}` | {plan.num_experts[layer]} | {len(plan.kept[layer])} |" for layer in plan
-    ]
-    head = ["## Experts per layer\n", "| layer | before | kept |", "|---|---:|---:|"]
+    counts = plan.counts
+    rows = [f"| `{layer}` | {plan.num_experts[layer]} | {counts[layer]} |" for layer in plan]
+    done = "after" if isinstance(plan, MergePlan) else "kept"
+    head = ["## Experts per layer\n", f"| layer | before | {done} |", "|---|---:|---:|"]
     return "\n".join([*head, *rows, f"\nTheir ids are in `{PLAN_FILE}`.\n"])

@@ -1,4 +1,4 @@
-"""The modelling file of a non-uniform export, for people who do not have lit-moe."""
+"""The modelling file of an export that is no stock model, for people without lit-moe."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from lit_moe.adapters.discovery import build_on_meta
 from lit_moe.checkpoints import REMOTE_CODE_FILE, auto_class
 from lit_moe.errors import ExportError
 from lit_moe.heterogeneous import per_layer_counts
+from lit_moe.mixed_routing import mixed_when_built
+
+_FUTURE = "from __future__ import annotations\n"  # only at the beginning of a file
 
 
 def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -42,14 +45,23 @@ def check_loadable(model: PreTrainedModel) -> None:
         ExportError: if the stock class does not build its layers one by one from a config.
     """
     stock = stock_class(model)
-    with per_layer_counts(model.config, stock):
-        built = build_on_meta(stock, model.config).state_dict()
+    built = built_anew(model).state_dict()
     for name, tensor in model.state_dict().items():
         if name not in built or built[name].shape != tensor.shape:
             raise ExportError(
-                f"{stock.__name__} cannot be loaded with different numbers of experts per layer: "
+                f"{stock.__name__} cannot be loaded with layers that differ in their experts: "
                 f"it builds {name} from the config of the whole model; keep the same number in all"
             )
+
+
+def built_anew(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model without memory that is built from the config of ``model`` as a loader would.
+
+    The class of one that came with our modelling file is the stock class.
+    """
+    cls = stock_class(model) if _is_ours(model) else type(model)
+    with per_layer_counts(model.config, cls), mixed_when_built(model.config, cls):
+        return build_on_meta(cls, model.config)
 
 
 def forget_remote_code(model: PreTrainedModel, config: dict[str, Any], folder: Path) -> None:
@@ -60,7 +72,7 @@ def forget_remote_code(model: PreTrainedModel, config: dict[str, Any], folder: P
         config: content of its config.json, changed in place.
         folder: where transformers has put a copy of the file.
     """
-    if not type(model).__module__.endswith(f".{Path(REMOTE_CODE_FILE).stem}"):
+    if not _is_ours(model):
         return
     config["architectures"] = [stock_class(model).__name__]
     config.pop("auto_map", None)
@@ -86,6 +98,8 @@ def write_remote_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     class_name = f"PerLayer{stock.__name__}"
     package = resources.files("lit_moe")
     loader = package.joinpath("heterogeneous.py").read_text(encoding="utf-8")
+    mixing = package.joinpath("mixed_routing.py").read_text(encoding="utf-8")
+    loader += f"\n\n{mixing.partition(_FUTURE)[2].lstrip()}"
     template = package.joinpath("export", "modeling.tmpl").read_text(encoding="utf-8")
     tail = Template(template).substitute(
         version=lit_moe.__version__,
@@ -95,3 +109,7 @@ def write_remote_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     (folder / REMOTE_CODE_FILE).write_text(loader + tail, encoding="utf-8")
     module = Path(REMOTE_CODE_FILE).stem
     return {auto_class(model.config, stock).__name__: f"{module}.{class_name}"}
+
+
+def _is_ours(model: PreTrainedModel) -> bool:
+    return type(model).__module__.endswith(f".{Path(REMOTE_CODE_FILE).stem}")

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Callback
 from transformers import AutoModelForCausalLM
 
 from lit_moe import MoEModule
@@ -34,7 +35,7 @@ def test_a_fourth_of_the_experts_goes_into_others_and_the_model_is_exported(
     module = fit(trainer, MoEModule(str(checkpoint)), make_data())
     assert count_experts(find_sites(module.built_model)) == dict.fromkeys(LAYERS, 6)
     folder, report = Path(trainer.log_dir), report_of(trainer)
-    assert list(report["quality"]) == ["before", "pruned"]
+    assert list(report["quality"]) == ["before", "merged"]
     assert report["merging"]["recipe"] == "cka, auto partition, uniform"
     assert report["merging"]["tokens"] == report["calibration"]["tokens"] == 256
     for layer in LAYERS:
@@ -86,7 +87,7 @@ def test_the_refit_behind_it_learns_from_the_model_before(
     merging = ExpertMerging(coefficients="frequency", groups=4, align=True)
     trainer = make_trainer(merging, Refit(), writer)
     fit(trainer, MoEModule(str(checkpoint)), make_data(calibration_tokens=1024))
-    assert list(writer.report.quality) == ["before", "pruned", "refitted"]
+    assert list(writer.report.quality) == ["before", "merged", "refitted"]
     refit = writer.report.refit
     assert refit is not None
     assert sorted(refit.layers) == LAYERS
@@ -179,23 +180,89 @@ def test_a_plan_of_another_model_is_refused(checkpoint, make_data, make_trainer,
         fit(trainer, MoEModule(str(checkpoint)), make_data())
 
 
-def test_a_checkpoint_of_a_merged_run_is_refused_with_what_would_work(
+class SavedAt(Callback):
+    """Writes a checkpoint after one step."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def merging_run(make_trainer, path, merging, *, at_step=1, **options):
+    """Return a trainer that writes a checkpoint to ``path``."""
+    quiet = ReportWriter(measure_quality=False, **QUIET)
+    return make_trainer(merging, quiet, SavedAt(path, at_step), **options)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"similarity": "weights", "groups": 4},
+        {"similarity": "weights", "groups": 4, "align": True, "router": "keep"},
+        {"segments": SegmentOptions(), "groups": 4},
+    ],
+    ids=["averages", "aligned", "segments"],
+)
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
+    fields, checkpoint, make_data, make_trainer, tmp_path
+):
+    def run():
+        merging = ExpertMerging(**fields)
+        return merging_run(make_trainer, path, merging, at_step=2, max_steps=3)
+
+    path = tmp_path / "two.ckpt"
+    whole = fit(run(), MoEModule(str(checkpoint)), make_data())
+    again, trainer = MoEModule(str(checkpoint)), run()
+    again.resume_from = str(path)
+    fit(trainer, again, make_data(), ckpt_path=again.resume_from)
+    assert trainer.global_step == 3
+    assert again.plan == whole.plan
+    assert again.plan.replayable == ("segments" not in fields)
+    theirs = whole.built_model.state_dict()
+    for name, tensor in again.built_model.state_dict().items():
+        assert torch.equal(tensor, theirs[name])
+
+
+def test_a_checkpoint_of_a_merged_run_is_evaluated_without_the_callback(
     checkpoint, make_data, make_trainer, tmp_path
 ):
-    def trainer(**options):
-        quiet = ReportWriter(measure_quality=False, **QUIET)
-        return make_trainer(ExpertMerging("weights", groups=4), quiet, **options)
+    path = tmp_path / "one.ckpt"
+    trainer = merging_run(make_trainer, path, ExpertMerging("weights", groups=4), max_steps=1)
+    merged = fit(trainer, MoEModule(str(checkpoint)), make_data())
+    module = MoEModule(str(checkpoint))
+    module.resume_from = str(path)
+    quiet = ReportWriter(measure_quality=False, **QUIET)
+    make_trainer(quiet).validate(module, datamodule=make_data(), ckpt_path=module.resume_from)
+    theirs = merged.built_model.state_dict()
+    for name, tensor in module.built_model.state_dict().items():
+        assert torch.equal(tensor, theirs[name])
 
-    first = trainer(max_steps=1)
-    fit(first, MoEModule(str(checkpoint)), make_data())
-    first.save_checkpoint(tmp_path / "merged.ckpt")
-    path = str(tmp_path / "merged.ckpt")
-    message = "merged.ckpt cannot be used in a run with ExpertMerging: .* export the merged model"
-    for work in ("fit", "validate"):
+
+def test_a_checkpoint_of_another_amount_or_method_is_refused(
+    checkpoint, make_data, make_trainer, tmp_path
+):
+    path = str(tmp_path / "one.ckpt")
+    trainer = merging_run(make_trainer, path, ExpertMerging("weights", groups=4), max_steps=1)
+    fit(trainer, MoEModule(str(checkpoint)), make_data())
+    for callback, message in (
+        (ExpertMerging("weights", groups=5), "merged experts and has 4 .* asks to merge them to 5"),
+        (OneShotPruning("weight_norm", keep_ratio=0.5), "expert 2 of .* is made of"),
+    ):
         module = MoEModule(str(checkpoint))
         module.resume_from = path
-        with pytest.raises(LitMoEError, match=message):
-            getattr(trainer(max_steps=2), work)(module, datamodule=make_data(), ckpt_path=path)
+        trainer = merging_run(make_trainer, tmp_path / "no.ckpt", callback, max_steps=2)
+        with pytest.raises(PlanError, match=message):
+            fit(trainer, module, make_data(), ckpt_path=path)
+
+
+def test_a_plan_of_rebuilt_experts_is_not_replayed(checkpoint, tmp_path):
+    maps = {name: torch.eye(8)[:4] for name in LAYERS}
+    MergePlan(maps, maps, replayable=False).save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="rebuilt from segments"):
+        ExpertMerging(plan=str(tmp_path / "plan.json"))
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
