@@ -21,7 +21,15 @@ from lit_moe.errors import LitMoEError
 from lit_moe.models import build_model, check_unwritten
 from lit_moe.module import MoEModule
 from lit_moe.partitions import is_partitioned
-from lit_moe.refit import LayerRefit, OnLayer, RefitOptions, is_unchanged, refit
+from lit_moe.refit import (
+    LayerRefit,
+    OnLayer,
+    RefitOptions,
+    check_budget,
+    check_sizes,
+    is_unchanged,
+    refit,
+)
 
 PROGRESS_FOLDER = "refit_progress"
 
@@ -59,6 +67,20 @@ class Refit(Callback):
             pl_module.keep_unpruned = True
         else:
             read_config(resolve_model(self.teacher))  # a missing one should not show after an hour
+
+    def check_model(self, trainer: Trainer, module: MoEModule) -> None:
+        """When the model is built, before any callback acts on it. Refuses what cannot end well.
+
+        Raises:
+            LitMoEError: if the memory budget is too small for a single token's experts, or the
+                teacher's sizes are not the model's.
+        """
+        if trainer.state.fn != TrainerFn.FITTING or module.is_resumed:
+            return
+        if not is_partitioned(module.built_model):
+            check_budget(module.built_model, self.options)
+        if self.teacher is not None:
+            check_sizes(read_config(resolve_model(self.teacher)), module.built_model.config)
 
     def on_model_built(self, trainer: Trainer, module: MoEModule) -> None:
         """When the model is built and plans before this one are applied. Refits it.
@@ -139,10 +161,13 @@ def describe(layer: LayerRefit) -> str:
     """Return one line: residual before and after, fitted and held out."""
     if not layer.kept:
         return f"left as it was: {layer.reason}"
-    parts = [f"residual {_change(layer.residual_before, layer.residual_after)}"]
+    parts = ["solved by an earlier run"] if layer.resumed else []
+    parts.append(f"residual {_change(layer.residual_before, layer.residual_after)}")
     parts.append(f"held out {_change(layer.held_out_before, layer.held_out_after)}")
     if layer.lam is not None:
         parts.append(f"lam {layer.lam:.2g}")
+    if not layer.converged:
+        parts.append(f"still moving after {layer.sweeps} sweeps")
     return ", ".join(parts)
 
 

@@ -150,10 +150,11 @@ class MoEModule(ResumableModule):
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             check_vocabulary(self.built_model, len(tokenizer), tokenizer.name_or_path)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            act = getattr(callback, "on_model_built", None)
-            if act is not None:
-                act(self.trainer, self)
+        for hook in ("check_model", "on_model_built"):
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                act = getattr(callback, hook, None)
+                if act is not None:
+                    act(self.trainer, self)
 
     @property
     def unpruned(self) -> PreTrainedModel | None:

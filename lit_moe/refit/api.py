@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -131,6 +132,21 @@ def _choice(
     return choose_solver(
         largest, options, at_once=len(targets) if options.mode == "parallel" else 1
     )
+
+
+def check_budget(student: PreTrainedModel, options: RefitOptions) -> None:
+    """Refuse a memory budget that could not hold one token's experts, however many will stay.
+
+    Raises:
+        LitMoEError: naming the number that is needed at least.
+    """
+    sites = find_sites(student)
+    sizes = [
+        replace(DownProjections(student, site, options).size, num_experts=site.top_k)
+        for site in sites
+    ]
+    largest = max(sizes, key=lambda size: size.num_experts * size.width)
+    choose_solver(largest, options, at_once=len(sites) if options.mode == "parallel" else 1)
 
 
 def _progress(

@@ -71,6 +71,8 @@ class LayerProblem:
         self._keep_all = keep_all or choice.name == "gauss_seidel"
         self.pieces = PieceStore(options.feature_bytes // at_once, folder)
         self._gram: Gram | None = None
+        self._sweeps: GaussSeidel | None = None
+        self._rest = (0, True)
         self._target = torch.zeros(2, dtype=torch.float64)
         self._tokens = torch.zeros((), dtype=torch.float64)
         self._count = torch.zeros(weights.size.num_experts, dtype=torch.float64)
@@ -116,6 +118,7 @@ class LayerProblem:
             return None, record
         try:
             update, record.lam, held = self._search(self._solver())
+            record.sweeps, record.converged = self._rest
         except SingularGramError as error:
             if self._options.lam != "auto":
                 raise
@@ -135,6 +138,7 @@ class LayerProblem:
         """Return update, penalty and held-out energy at the best penalty."""
         if self._options.lam != "auto":
             update = from_first(solve(self._options.lam))
+            self._note_rest()
             return update, self._options.lam, self._energy(update, "held")
         best: list[tuple[float, float, Tensor]] = []  # only one update is kept: it may be large
 
@@ -146,6 +150,7 @@ class LayerProblem:
             energy = self._energy(update, "held")
             if not best or energy < best[0][0]:
                 best[:] = [(energy, lam, update)]
+                self._note_rest()
             return energy
 
         choose_penalty(loss)
@@ -157,19 +162,24 @@ class LayerProblem:
         energy, lam, update = best[0]
         return update, lam, energy
 
+    def _note_rest(self) -> None:
+        """Remember how the sweeps of the best update ended."""
+        if self._sweeps is not None:
+            self._rest = self._sweeps.sweeps, self._sweeps.converged
+
     def _solver(self) -> Solve:
         choice, support = self._choice, self._weights.support
         if choice.name == "gauss_seidel":
             size = self._weights.size
             shape = (size.num_experts, size.width, size.hidden)
-            sweeps = GaussSeidel(
+            self._sweeps = GaussSeidel(
                 list(self.pieces),
                 shape,
                 keep_blocks=choice.keep_blocks,
                 support_EDH=support,
                 dtype=choice.dtype,
             )
-            return sweeps.solve
+            return self._sweeps.solve
         assert self._gram is not None
         gram = self._gram
         gram.reduce()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_moe import quantities
 from lit_moe.refit.collective import on_all_ranks
 from lit_moe.refit.options import RefitOptions
 from lit_moe.refit.report import LayerRefit
+
+_LOG = logging.getLogger(__name__)
 
 
 class Progress:
@@ -33,6 +37,7 @@ class Progress:
     def __init__(self, folder: Path | None, signature: str, *, writes: bool = True) -> None:
         self._folder = None if folder is None else folder / signature
         self._writes = writes
+        self._tell_of_others()
 
     def load(self, name: str) -> tuple[Tensor | None, LayerRefit] | None:
         """Collective: return update and record of a layer that was solved before, else None."""
@@ -40,7 +45,7 @@ class Progress:
             return None
         tensors = load_file(self._path(name))
         record = LayerRefit(**json.loads(bytes(tensors["record"].tolist()).decode()))
-        return tensors.get("update"), record
+        return tensors.get("update"), dataclasses.replace(record, resumed=True)
 
     def save(self, name: str, update: Tensor | None, record: LayerRefit) -> None:
         """Write one layer; a kill in the middle leaves nothing that :meth:`load` would take."""
@@ -61,6 +66,19 @@ class Progress:
             shutil.rmtree(self._folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # other refits are on their way, or it never was
                 self._folder.parent.rmdir()
+
+    def _tell_of_others(self) -> None:
+        """Name what killed runs of other requests left, which nothing else would remove."""
+        if self._folder is None or not self._writes or not self._folder.parent.is_dir():
+            return
+        others = [f for f in self._folder.parent.iterdir() if f.is_dir() and f != self._folder]
+        if others:
+            total = sum(file.stat().st_size for f in others for file in f.rglob("*"))
+            _LOG.info(
+                "%s holds %s of refits with other models, text or options, for instance %s; "
+                "delete them if none of those runs is to go on",
+                *(self._folder.parent, quantities.size(total), others[0].name),
+            )
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.adapters.site import MoESite
@@ -34,6 +34,7 @@ def check_relatives(
         LitMoEError: naming the first thing that differs.
     """
     _check_not_swapped(teacher, sites)
+    check_sizes(teacher.config, student.config)
     ours, theirs = (_embedding(model) for model in (student, teacher))
     if ours is not None and theirs is not None and ours.shape != theirs.shape:
         raise LitMoEError(
@@ -51,6 +52,23 @@ def check_relatives(
                 )
     if ours is not None and theirs is not None:
         _check_not_strangers(ours, theirs)
+
+
+def check_sizes(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Refuse a teacher of other sizes by its config, before its weights are read.
+
+    Raises:
+        LitMoEError: naming the first size that differs.
+    """
+    ours, theirs = student.get_text_config(), teacher.get_text_config()
+    for name in ("hidden_size", "vocab_size", "image_size", "patch_size", "num_channels"):
+        pair = getattr(theirs, name, None), getattr(ours, name, None)
+        if None not in pair and pair[0] != pair[1]:
+            raise LitMoEError(
+                f"teacher and student are no relatives: {name} is {pair[0]} in the teacher "
+                f"({teacher.model_type}) and {pair[1]} in the student; give the model that the "
+                "student was made from"
+            )
 
 
 def _check_not_swapped(teacher: PreTrainedModel, sites: Sequence[MoESite]) -> None:

@@ -23,6 +23,9 @@ class LayerRefit:
         tokens: of the fit, on all ranks.
         features: unknowns per output: of all experts together, or of one where experts are solved
             one by one without each other.
+        sweeps: over all experts, of the solve that was taken; 0 for solvers without.
+        converged: whether those sweeps had come to rest.
+        resumed: whether an earlier run that was killed had solved it.
     """
 
     solver: str = ""
@@ -37,6 +40,9 @@ class LayerRefit:
     unrouted: list[int] = field(default_factory=list)
     tokens: int = 0
     features: int = 0
+    sweeps: int = 0
+    converged: bool = True
+    resumed: bool = False
 
 
 @dataclass
@@ -81,6 +87,16 @@ class RefitReport:
             for name, layer in self.layers.items()
             if layer.unrouted
         ]
+        moving = [layer for layer in self.layers.values() if not layer.converged]
+        if moving:
+            said.append(
+                f"Gauss-Seidel was still moving after {max(s.sweeps for s in moving)} sweeps in "
+                f"{len(moving)} layers, so that they are not the joint solution yet; a larger "
+                "memory_gib lets the joint solver run, a larger lam converges faster"
+            )
+        resumed = [layer for layer in self.layers.values() if layer.resumed]
+        if resumed:
+            said.append(f"{len(resumed)} layers had been solved by a run that was stopped")
         short = [layer for layer in self.layers.values() if layer.tokens < layer.features]
         if short:
             said.append(

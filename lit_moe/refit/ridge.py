@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_moe.errors import LitMoEError
+from lit_moe.refit.factor import Factor
 from lit_moe.stats.grams import Gram
 
 STEP = math.sqrt(10.0)
@@ -32,8 +33,8 @@ def solve_joint(gram: Gram, lam: float) -> Tensor:
         SingularGramError: if the penalised matrix is singular.
     """
     shape = gram.cross.shape
-    factor = cholesky(gram.matrix, lam, gram.mean_diagonal)
-    return torch.cholesky_solve(gram.cross.reshape(-1, shape[-1]), factor).reshape(shape)
+    factor = penalised(gram.matrix, lam, gram.mean_diagonal)
+    return factor.solve(gram.cross.reshape(-1, shape[-1])).reshape(shape)
 
 
 def solve_jacobi(gram: Gram, lam: float, damping: float) -> Tensor:
@@ -47,7 +48,7 @@ def solve_jacobi(gram: Gram, lam: float, damping: float) -> Tensor:
     """
     unit = gram.mean_diagonal
     blocks = zip(gram.blocks, gram.cross, strict=True)
-    solved = [torch.cholesky_solve(right, cholesky(block, lam, unit)) for block, right in blocks]
+    solved = [penalised(block, lam, unit).solve(right) for block, right in blocks]
     return torch.stack(solved) * damping
 
 
@@ -74,8 +75,8 @@ def choose_penalty(loss: Callable[[float], float], *, start: float = 1e-2) -> fl
     return best
 
 
-def cholesky(matrix: Tensor, lam: float, unit: float) -> Tensor:
-    """Return the lower factor of ``matrix + lam unit I``, shape ``(N, N)``.
+def penalised(matrix: Tensor, lam: float, unit: float) -> Factor:
+    """Return the factor of ``matrix + lam unit I``, shape ``(N, N)``.
 
     The diagonal is changed in place and put back, so that memory holds no second copy.
 
@@ -86,9 +87,9 @@ def cholesky(matrix: Tensor, lam: float, unit: float) -> Tensor:
     own = diagonal.clone()
     # Features that no token ever had have zero rows; the tiny addition keeps their solution at 0.
     diagonal += lam * unit + (own == 0).to(own) * (unit or 1.0)
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    factor = Factor(matrix)
     diagonal.copy_(own)
-    if bool(info.any()) or not bool(factor.isfinite().all()):
+    if not factor.is_definite:
         raise SingularGramError(
             f"the Gram matrix of {len(own)} features is singular with lam={lam:g}: give a larger "
             "lam, more calibration tokens, or lam: auto"

@@ -20,7 +20,7 @@ from lit_moe.adapters import adapter_for
 from lit_moe.adapters.site import MoESite
 from lit_moe.refit.collective import all_sum, from_first, on_all_ranks
 from lit_moe.refit.report import LayerRefit
-from lit_moe.refit.ridge import SingularGramError, cholesky, choose_penalty
+from lit_moe.refit.ridge import SingularGramError, choose_penalty, penalised
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
@@ -73,7 +73,7 @@ class RouterProblem:
 
         def loss(lam: float) -> float:
             try:
-                solution = torch.cholesky_solve(cross, cholesky(matrix, lam, unit))
+                solution = penalised(matrix, lam, unit).solve(cross)
             except SingularGramError:
                 return math.inf
             solution = from_first(solution)

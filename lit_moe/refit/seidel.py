@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_moe.refit.collective import all_sum, from_first
 from lit_moe.refit.masked import solve_masked
-from lit_moe.refit.ridge import cholesky
+from lit_moe.refit.ridge import penalised
 from lit_moe.stats.grams import Piece
 
 MAX_SWEEPS = 30
@@ -22,6 +22,10 @@ TOLERANCE = 1e-4
 
 class GaussSeidel:
     """Sweeps over the experts of one layer. Collective: every rank holds its share of the tokens.
+
+    Attributes:
+        sweeps: of the last solve.
+        converged: whether the last one changed the solution by less than 1e-4 of its norm.
 
     Args:
         pieces: all tokens of the fit; every sweep passes over them.
@@ -45,16 +49,20 @@ class GaussSeidel:
         self._solution = torch.zeros(shape, dtype=dtype, device=device)
         self._blocks: dict[int, Tensor] = {}
         self.unit = self._mean_diagonal()
+        self.sweeps, self.converged = 0, False
 
     def solve(self, lam: float) -> Tensor:
         """Return the minimiser, shape ``(E, D, H)``; starts from the last one."""
         residuals = [p.residual - p.predict(self._solution) for p in self._pieces]
-        for _ in range(MAX_SWEEPS):
+        self.converged = False
+        for sweep in range(MAX_SWEEPS):
+            self.sweeps = sweep + 1
             before = self._solution.clone()
             for expert in range(len(self._solution)):
                 self._step(expert, lam, residuals)
             change = (self._solution - before).norm() / self._solution.norm().clamp(min=1e-30)
             if float(from_first(change)) < TOLERANCE:
+                self.converged = True
                 break
         return self._solution.clone()
 
@@ -62,7 +70,7 @@ class GaussSeidel:
         block, penalty = self._block(expert), lam * self.unit
         right = self._pull(expert, residuals) - penalty * self._solution[expert]
         if self._support is None:
-            step = torch.cholesky_solve(right, cholesky(block, lam, self.unit))
+            step = penalised(block, lam, self.unit).solve(right)
         else:
             step = solve_masked(block, right, penalty, self._support[expert])
         self._solution[expert] += step

@@ -16,6 +16,7 @@ from lit_moe.errors import LitMoEError
 from lit_moe.module import LossWeights, OptimizerConfig
 from lit_moe.refit import RefitOptions, api
 from lit_moe.refit.layer import LayerProblem
+from lit_moe.testing import tiny_moe
 
 LAYERS = ["model.layers.0.mlp", "model.layers.1.mlp"]
 QUIET = {"figures": False}
@@ -226,6 +227,25 @@ def test_a_teacher_that_is_not_there_is_refused(checkpoint, make_data, make_trai
     trainer = make_trainer(Refit("/no/such/folder"), ReportWriter(measure_quality=False, **QUIET))
     with pytest.raises(LitMoEError, match="/no/such/folder"):
         trainer.fit(MoEModule(str(checkpoint)), datamodule=make_data())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"options": RefitOptions(memory_gib=1e-6)}, "memory_gib=1e-06 leaves .* set memory_gib"),
+        ({"teacher": "stranger"}, "no relatives: hidden_size is 48 in the teacher"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_anything_is_observed(
+    fields, message, checkpoint, make_data, make_trainer, tmp_path
+):
+    if "teacher" in fields:
+        fields = {"teacher": str(tmp_path / "stranger")}
+        tiny_moe("mixtral", hidden_size=48).save_pretrained(fields["teacher"])
+    writer = ReportWriter(measure_quality=False, **QUIET)
+    trainer = make_trainer(pruning(), Refit(**fields), writer)
+    with pytest.raises(LitMoEError, match=message):
+        fit(trainer, MoEModule(str(checkpoint)), make_data(calibration_files=["/gone.txt"]))
 
 
 def test_a_killed_refit_leaves_progress_below_the_root_that_the_next_run_takes(

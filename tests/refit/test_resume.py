@@ -71,6 +71,11 @@ def test_after_a_kill_solved_layers_are_not_solved_again_and_the_weights_are_the
     assert files_in(tmp_path / "progress") == [f"{FIRST}.safetensors"]
     resumed, again = run(options, tmp_path / "progress")
     assert len(solved) == 1
+    assert resumed.layers[FIRST].resumed
+    assert any(
+        "1 layers had been solved by a run that was stopped" in s for s in resumed.sentences()
+    )
+    resumed.layers[FIRST].resumed = False
     assert resumed == whole
     for name, tensors in weights.items():
         assert torch.equal(again[name]["down"], tensors["down"])
@@ -83,6 +88,9 @@ def test_after_a_kill_behind_the_last_layer_nothing_is_solved(tmp_path, solved, 
     solved.clear()
     kill_after(SECOND, options, tmp_path)
     resumed, again = run(options, tmp_path)
+    assert all(layer.resumed for layer in resumed.layers.values())
+    for layer in resumed.layers.values():
+        layer.resumed = False
     assert (solved, resumed) == ([], whole)
     for name, tensors in weights.items():
         assert torch.equal(again[name]["down"], tensors["down"])
@@ -143,6 +151,7 @@ def test_progress_comes_back_as_it_was_saved(tmp_path):
     loaded = saved.load("layer")
     assert loaded is not None
     assert torch.equal(loaded[0], update)  # type: ignore[arg-type]
+    record.resumed = True
     assert loaded[1] == record
     assert saved.load("left") == (None, record)
     assert Progress(tmp_path / "progress", "two").load("layer") is None
@@ -160,6 +169,15 @@ def test_a_layer_is_never_there_before_it_is_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk is full"):
         saved.save("layer", None, LayerRefit())
     assert saved.load("layer") is None
+
+
+def test_what_other_killed_refits_left_is_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    Progress(tmp_path, "mine").save("layer", None, LayerRefit())
+    Progress(tmp_path, "mine")
+    assert not caplog.records
+    Progress(tmp_path, "new")
+    assert "refits with other models, text or options, for instance mine" in caplog.text
 
 
 def test_clearing_leaves_the_progress_of_others(tmp_path):

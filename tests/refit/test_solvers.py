@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_moe.errors import LitMoEError
-from lit_moe.refit import RefitOptions
+from lit_moe.refit import LayerRefit, RefitOptions, RefitReport, seidel
 from lit_moe.refit.layer import LayerProblem, Weights
 from lit_moe.refit.masked import solve_masked
 from lit_moe.refit.memory import LayerSize, SolverChoice
@@ -100,10 +100,22 @@ def test_gauss_seidel_converges_to_the_joint_solution(keep_blocks, masked):
     sweeps = GaussSeidel(pieces, SHAPE, keep_blocks=keep_blocks, support_EDH=support)
     for lam in (1.0, 0.1, 0.01):  # each starts from the one before
         found = sweeps.solve(lam)
+        assert sweeps.converged
+        assert 1 < sweeps.sweeps < seidel.MAX_SWEEPS
         expected = least_squares(pieces, lam, support)
         assert float((found - expected).norm() / expected.norm()) < 1e-3
         if support is not None:
             assert not found[~support].any()
+
+
+def test_sweeps_that_still_move_are_told(monkeypatch):
+    monkeypatch.setattr(seidel, "MAX_SWEEPS", 2)
+    sweeps = GaussSeidel(random_pieces(), SHAPE, keep_blocks=True)
+    sweeps.solve(1e-3)
+    assert (sweeps.sweeps, sweeps.converged) == (2, False)
+    layer = LayerRefit(kept=True, sweeps=2, converged=False)
+    said = RefitReport("sequential", layers={"a": layer}).sentences()
+    assert any("still moving after 2 sweeps in 1 layers" in sentence for sentence in said)
 
 
 def test_jacobi_with_one_expert_per_token_is_joint():
