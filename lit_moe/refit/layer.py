@@ -28,6 +28,9 @@ from lit_moe.stats.grams import Gram, Piece
 
 Solve = Callable[[float], Tensor]
 
+_MASKED = 1e-4
+"""Residual of solutions with fixed zeros, relative to the right-hand side."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -185,7 +188,7 @@ class LayerProblem:
         gram.reduce()
         damping = 1 / self._weights.top_k
         if support is not None:
-            return lambda lam: _masked(gram, lam, support, damping)
+            return _Masked(gram, support, damping)
         if choice.name == "joint":
             return lambda lam: solve_joint(gram, lam)
         return lambda lam: solve_jacobi(gram, lam, damping)
@@ -232,12 +235,28 @@ def _energy(piece: Piece, update: Tensor | None, weight_T: Tensor) -> float:
     return float(left.square().sum(1).double() @ weight_T.double())
 
 
-def _masked(gram: Gram, lam: float, support_EDH: Tensor, damping: float) -> Tensor:
-    penalty, shape = lam * gram.mean_diagonal, gram.cross.shape
-    if gram.joint:
-        right, support = (t.reshape(-1, shape[-1]) for t in (gram.cross, support_EDH))
-        return solve_masked(gram.matrix, right, penalty, support).reshape(shape)
-    each: Iterable[tuple[Tensor, Tensor, Tensor]] = zip(
-        gram.matrix, gram.cross, support_EDH, strict=True
-    )
-    return torch.stack([solve_masked(m, r, penalty, s) for m, r, s in each]) * damping
+class _Masked:
+    """Solves with fixed zeros; each penalty begins where the one before ended."""
+
+    def __init__(self, gram: Gram, support_EDH: Tensor, damping: float) -> None:
+        self._gram, self._support_EDH = gram, support_EDH
+        self._damping = 1.0 if gram.joint else damping
+        self._last: list[Tensor] | None = None
+
+    def __call__(self, lam: float) -> Tensor:
+        systems = list(self._systems())
+        starts = [None] * len(systems) if self._last is None else self._last
+        penalty = lam * self._gram.mean_diagonal
+        self._last = [
+            solve_masked(*system[:2], penalty, system[2], start_NH=start, tolerance=_MASKED)
+            for system, start in zip(systems, starts, strict=True)
+        ]
+        return torch.stack(self._last).reshape(self._gram.cross.shape) * self._damping
+
+    def _systems(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Return matrix, right-hand side and support of all experts together, or of each."""
+        gram, support_EDH = self._gram, self._support_EDH
+        if not gram.joint:
+            return zip(gram.matrix, gram.cross, support_EDH, strict=True)
+        right, support = (t.reshape(-1, t.shape[-1]) for t in (gram.cross, support_EDH))
+        return [(gram.matrix, right, support)]

@@ -72,7 +72,8 @@ class GaussSeidel:
         if self._support is None:
             step = penalised(block, lam, self.unit).solve(right)
         else:
-            step = solve_masked(block, right, penalty, self._support[expert])
+            support = self._support[expert]
+            step = solve_masked(block, right, penalty, support, tolerance=1e-6)
         self._solution[expert] += step
         for piece, residual in zip(self._pieces, residuals, strict=True):
             tokens, features = piece.of_expert(expert)
