@@ -7,13 +7,11 @@ from typing import Literal
 
 import torch
 from lightning import Callback, Trainer
-from torch import nn
 from transformers import PreTrainedModel
 
-from lit_moe.accounting import tensor_at
 from lit_moe.callbacks.report import report_writer
 from lit_moe.errors import ExportError
-from lit_moe.export import ExportResult, check_target, export, selection_biases, whole_on_first_rank
+from lit_moe.export import ExportResult, check_target, export, whole_on_first_rank
 from lit_moe.module import MoEModule
 from lit_moe.report.schema import Export
 
@@ -27,7 +25,8 @@ class ExportModel(Callback):
         overwrite: replace an older export.
         dtype: cast the weights before writing; ``auto`` is the source checkpoint's own, None
             keeps those of training.
-        verify: reload the folder and compare logits.
+        verify: reload the folder, without a second copy of the model on any rank if there are
+            several or it is large, and compare weights and logits.
     """
 
     def __init__(
@@ -67,11 +66,8 @@ class ExportModel(Callback):
         folder = self._folder(trainer)
         name = pl_module.source_dtype if self.dtype == "auto" else self.dtype
         dtype = None if name is None else getattr(torch, name)
-        model = pl_module.built_model
-        with writer.phase("export"), whole_on_first_rank(model, folder, dtype=dtype) as whole:
-            if whole is not None and whole is model and dtype is not None:
-                cast_weights(model, dtype)
-            result = None if whole is None else self._export(trainer, pl_module, whole, folder)
+        with writer.phase("export"):
+            result = self._export_together(trainer, pl_module, folder, dtype)
         if result is not None:
             writer.report.export = Export(
                 path=str(result.path),
@@ -79,7 +75,23 @@ class ExportModel(Callback):
                 layout=result.layout,
             )
             writer.write()
-        trainer.strategy.barrier("export")
+
+    def _export_together(
+        self, trainer: Trainer, module: MoEModule, folder: Path, dtype: torch.dtype | None
+    ) -> ExportResult | None:
+        """Return the result on rank 0; an export that fails there ends all ranks. Collective."""
+        result, failed = None, None
+        try:
+            with whole_on_first_rank(
+                module.built_model, folder, dtype=dtype, verify=self.verify
+            ) as whole:
+                result = None if whole is None else self._export(trainer, module, whole, folder)
+        except ExportError as error:
+            failed = str(error)
+        failed = trainer.strategy.broadcast(failed)
+        if failed is not None:
+            raise ExportError(failed)
+        return result
 
     def _export(
         self, trainer: Trainer, module: MoEModule, model: PreTrainedModel, folder: Path
@@ -98,11 +110,3 @@ class ExportModel(Callback):
     def _folder(self, trainer: Trainer) -> Path:
         base = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: every rank asks
         return Path(self.path) if Path(self.path).is_absolute() else base / self.path
-
-
-def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast a model in place, except biases that steer selection: bf16 would merge their values."""
-    biases = {name: tensor_at(model, name).detach().clone() for name in selection_biases(model)}
-    nn.Module.to(model, dtype)
-    for name, values in biases.items():
-        tensor_at(model, name).data = values

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lit_moe.contact import introduce
 from lit_moe.errors import LitMoEError
 
 PACKAGES = ("lit-moe", "torch", "lightning", "transformers", "deepspeed")
@@ -21,11 +22,14 @@ def installed_versions() -> dict[str, str]:
 def check_versions_agree() -> None:
     """Refuse a run whose machines have different software. Collective; no-op on one process.
 
+    The first thing that ranks do together: here they also learn where the others run.
+
     Raises:
         LitMoEError: naming the first package that differs, and on which ranks.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
+    introduce()
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, installed_versions())
     for name, first in everywhere[0].items():
@@ -58,13 +62,3 @@ def check_equal_everywhere(what: str, value: object, hint: str) -> None:
         raise LitMoEError(
             f"rank 0 {what} {everywhere[0]}, but rank {others[0]} {everywhere[others[0]]}: {hint}"
         )
-
-
-_LOST = ("closed by peer", "reset by peer", "connectFullMesh", "Socket Timeout", "Broken pipe")
-
-
-def lost_contact(error: BaseException) -> bool:
-    """Whether an error is what the other ranks see when one of them has died."""
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)

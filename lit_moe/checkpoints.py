@@ -158,9 +158,18 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
+def made_by(folder: Path) -> str:
+    """Return how to make a folder of the kind ``runs/vision/pretrain/model``, if a config does."""
+    parts = folder.parts
+    config = Path("configs", *parts[1:3]).with_suffix(".yaml")
+    if len(parts) < 3 or parts[0] != "runs" or not config.is_file():
+        return ""
+    return f"; this makes it: lightning fit --config {config}"
+
+
 def _check_config_file(folder: Path) -> None:
     if not folder.exists():
-        raise LitMoEError(f"model folder {folder} does not exist")
+        raise LitMoEError(f"model folder {folder} does not exist{made_by(folder)}")
     if not folder.is_dir():
         raise LitMoEError(f"{folder} is a file; a model is a folder with {CONFIG_NAME}")
     file = folder / CONFIG_NAME

@@ -23,11 +23,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_moe.agreement import lost_contact
+from lit_moe.contact import reasons_shared
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
 from lit_moe.resuming import newest_checkpoint
-from lit_moe.sharding import DeepSpeedLauncherEnvironment, register_short_names
+from lit_moe.sharding import DeepSpeedLauncherEnvironment, add_requeue, register_short_names
 
 _IN_CLASS = re.compile(
     r"Problem with given class_path '([\w.]+)':\s+(?=(Parser key[^\n]+\n[^\n]+|\S[^\n]*))"
@@ -82,20 +82,13 @@ class _CLI(LightningCLI):
                 raise
             raise LitMoEError(said) from error
         _check_world(trainer)
+        add_requeue(trainer)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        try:
+        timeout = getattr(self.trainer.strategy, "_timeout", None)
+        with reasons_shared(self.trainer.global_rank, timeout):
             super()._run_subcommand(subcommand)
-        except RuntimeError as error:
-            if not lost_contact(error):
-                raise
-            raise LitMoEError(
-                f"rank {self.trainer.global_rank} lost contact to another process of the run, "
-                "which may have died or cannot be reached: its own last lines, above or in its "
-                "log, say why; afterwards the same command with --ckpt_path last goes on from the "
-                f"newest checkpoint ({' '.join(str(error).split())[:160]})"
-            ) from error
 
     def before_fit(self) -> None:
         """Tell the module where it resumes from: lightning does so only after it is built."""

@@ -70,6 +70,10 @@ def test_slurm_asks_for_one_task_per_gpu_under_a_name_that_lightning_looks_at():
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, flags=re.M))
     assert asked["ntasks-per-node"] == asked["gpus-per-node"]
     assert asked["job-name"] not in ("bash", "interactive")
+    assert asked["signal"] == "USR1@600"  # B: before it would tell this script only
+    assert asked["open-mode"] == "append"
+    assert re.search(r"^#SBATCH --requeue$", text, flags=re.M)
+    assert "--ckpt_path last" in text
     assert '--trainer.num_nodes "$SLURM_NNODES"' in text
     assert '--trainer.devices "$SLURM_NTASKS_PER_NODE"' in text
 

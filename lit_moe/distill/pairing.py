@@ -41,9 +41,7 @@ class Pairing:
     layers: tuple[LayerPairing, ...]
 
     @classmethod
-    def of(
-        cls, student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan | None
-    ) -> Pairing:
+    def of(cls, student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan | None) -> Pairing:
         """Pair experts by their original ids.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from lit_moe.adapters import find_sites
+from lit_moe.errors import ExportError
 from lit_moe.export.documents import write_documents
 from lit_moe.export.padding import padded
 from lit_moe.export.remote_code import (
@@ -24,18 +25,20 @@ from lit_moe.export.remote_code import (
 )
 from lit_moe.export.staging import check_space, check_target, staged
 from lit_moe.export.verification import max_logit_difference
+from lit_moe.export.writing import Weights, write_weights
 from lit_moe.heterogeneous import (
     GLOBAL_VALUES_READABLE,
     global_values_readable,
     heterogeneous_configs,
 )
-from lit_moe.plan import KeepPlan
+from lit_moe.mixed_routing import CONFIG_KEY
+from lit_moe.plans import Plan
 from lit_moe.progress import late_progress_bars
 
-Layout = Literal["plain", "per_layer_config", "padded"]
+Layout = Literal["plain", "per_layer_config", "padded", "mixed_routers"]
+_BY_REMOTE_CODE = ("per_layer_config", "mixed_routers")
 
 _LOG = logging.getLogger(__name__)
-_SHARD_SIZE = "5GB"
 _ROOM_FOR_SMALL_FILES = 1 << 20
 
 
@@ -48,7 +51,9 @@ class ExportResult:
         max_abs_logit_difference: between the model in memory and the reloaded folder; None if the
             export was not verified.
         layout: ``plain`` (all layers alike), ``per_layer_config`` (counts per layer; needs
-            lit-moe's loader or the remote code in the folder) or ``padded`` (loads as plain).
+            lit-moe's loader or the remote code in the folder), ``padded`` (loads as plain) or
+            ``mixed_routers`` (all layers alike, but routers mix; plain transformers loads a
+            likeness, lit-moe's loader and the remote code the model).
     """
 
     path: Path
@@ -61,7 +66,7 @@ def export(  # noqa: PLR0913 - all but the first two are options with defaults
     path: str | Path,
     *,
     tokenizer: Any = None,
-    plan: KeepPlan | None = None,
+    plan: Plan | None = None,
     report: Mapping[str, Any] | None = None,
     layout: Literal["auto", "per_layer_config", "padded"] = "auto",
     overwrite: bool = False,
@@ -83,7 +88,8 @@ def export(  # noqa: PLR0913 - all but the first two are options with defaults
             ``per_layer_config``; ``padded`` fills up with experts that are never chosen, which
             plain transformers loads, where the router has a bias to say so.
         overwrite: replace an older model folder at ``path``.
-        verify: reload the folder and compare weights and logits; holds a second copy of the model.
+        verify: reload the folder and compare weights and logits, see
+            :func:`lit_moe.export.verification.max_logit_difference`.
 
     Raises:
         ExportError: if the path is taken, the disk is full, or the folder does not reload as the
@@ -91,42 +97,49 @@ def export(  # noqa: PLR0913 - all but the first two are options with defaults
     """
     target = check_target(path, overwrite=overwrite)
     weights, config, chosen = _prepared(model, layout)
-    needed = _num_bytes(weights) + _ROOM_FOR_SMALL_FILES
+    needed = weights.num_bytes() + _ROOM_FOR_SMALL_FILES
     check_space(target, needed)
     with staged(target, needed, overwrite=overwrite) as folder:
         # transformers reads every key of the config while it saves
         with global_values_readable(), late_progress_bars():
-            model.save_pretrained(folder, state_dict=weights, max_shard_size=_SHARD_SIZE)
-        del weights
+            model.save_pretrained(folder, state_dict={})
+        write_weights(model, weights, folder)
         _write_config(model, config, chosen, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        difference = _verified(model, folder, chosen) if verify else None
+        own_loader = chosen in _BY_REMOTE_CODE
+        difference = (
+            max_logit_difference(model, folder, weights, own_loader=own_loader) if verify else None
+        )
         result = ExportResult(target, difference, chosen)
         write_documents(folder, model, result=_as_dict(result), plan=plan, report=report)
     _LOG.info("exported to %s (largest logit difference after reload: %s)", target, difference)
     return result
 
 
-def _prepared(
-    model: PreTrainedModel, layout: str
-) -> tuple[dict[str, Tensor], PreTrainedConfig, Layout]:
+def _prepared(model: PreTrainedModel, layout: str) -> tuple[Weights, PreTrainedConfig, Layout]:
     """Return tensors by name in the model, the config that goes with them, and the layout."""
     sites = find_sites(model)
-    weights, config = model.state_dict(), model.config
-    chosen: Layout = "plain"
+    held, config = model.state_dict(), model.config
+    changed: dict[str, Callable[[Tensor], Tensor]] = {}
+    chosen: Layout = "mixed_routers" if getattr(config, CONFIG_KEY, None) else "plain"
+    if chosen == "mixed_routers" and layout == "padded":
+        raise ExportError(
+            "layout='padded' is for plain routers, but those of this model mix probabilities of "
+            "former experts; leave layout at 'auto'"
+        )
     if heterogeneous_configs(config):
         chosen = "padded" if layout == "padded" else "per_layer_config"
     if chosen == "padded":
-        weights, config = padded(model, sites, weights)
-    if chosen == "per_layer_config":
+        changed, config = padded(model, sites, held)
+    if chosen in _BY_REMOTE_CODE:
         check_loadable(model)
     # Selection compares nearly equal scores: serving engines read these biases as they are stored.
     biases = [a for s in sites for a in s.axes if a.kind in ("router", "select_bias")]
-    for name in {a.name for a in biases if a.kind == "select_bias" or weights[a.name].ndim == 1}:
-        if weights[name].is_floating_point():
-            weights[name] = weights[name].float()
-    return weights, config, chosen
+    for name in {a.name for a in biases if a.kind == "select_bias" or held[a.name].ndim == 1}:
+        if held[name].is_floating_point():
+            held[name] = held[name].float()
+    return Weights(held, changed), config, chosen
 
 
 def _write_config(
@@ -139,7 +152,7 @@ def _write_config(
         config.architectures, config.dtype = content["architectures"], content["dtype"]
         content = json.loads(config.to_json_string())
     forget_remote_code(model, content, folder)
-    if layout == "per_layer_config":
+    if layout in _BY_REMOTE_CODE:
         content["auto_map"] = write_remote_code(model, folder)
     for part in _parts(content):
         part.pop(GLOBAL_VALUES_READABLE, None)
@@ -163,24 +176,9 @@ def _write_json(content: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _verified(model: PreTrainedModel, folder: Path, layout: Layout) -> float:
-    return max_logit_difference(
-        model,
-        folder,
-        own_loader=layout == "per_layer_config",
-        same_shapes=layout != "padded",
-    )
-
-
 def _as_dict(result: ExportResult) -> dict[str, Any]:
     return {
         "path": str(result.path),
         "max_abs_logit_difference": result.max_abs_logit_difference,
         "layout": result.layout,
     }
-
-
-def _num_bytes(weights: Mapping[str, Tensor]) -> int:
-    """Bytes on disk; tensors that share memory (tied embeddings) are written once."""
-    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in weights.values()}
-    return sum(sizes.values())

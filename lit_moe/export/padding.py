@@ -7,7 +7,8 @@ where such a bias exists and dead experts take no probability from the living.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,14 +23,17 @@ DEAD_BIAS = -1e4
 
 
 def padded(
-    model: PreTrainedModel, sites: Sequence[MoESite], weights: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], PreTrainedConfig]:
-    """Return weights and config with as many experts everywhere as the largest layer has.
+    model: PreTrainedModel, sites: Sequence[MoESite], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], PreTrainedConfig]:
+    """Return how to fill up weights, and the config for as many experts as the largest layer has.
 
     Args:
         model: whose layers keep different numbers of experts; not changed.
         sites: its MoE layers.
         weights: its state dict; not changed.
+
+    Returns:
+        For each tensor with an entry per expert what makes the filled one of it; and the config.
 
     Raises:
         ExportError: if the family has no bias that makes this exact.
@@ -37,16 +41,23 @@ def padded(
     for site in sites:
         _check_exact(site, weights, model.config.model_type)
     largest = max(site.num_experts for site in sites)
-    filled = dict(weights)
+    fill: dict[str, Callable[[Tensor], Tensor]] = {}
     for site in sites:
         for axis in site.axes:
-            filled[axis.name] = _filled(filled[axis.name], axis, site, largest)
+            one = partial(_filled, axis=axis, site=site, largest=largest)
+            fill[axis.name] = one if axis.name not in fill else _both(fill[axis.name], one)
     config = copy.deepcopy(model.config)
     adapter_for(config).update_config(config, {site.name: largest for site in sites})
-    return filled, config
+    return fill, config
 
 
-def _check_exact(site: MoESite, weights: dict[str, Tensor], family: str) -> None:
+def _both(
+    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: second(first(tensor))
+
+
+def _check_exact(site: MoESite, weights: Mapping[str, Tensor], family: str) -> None:
     kinds = {axis.kind for axis in site.axes}
     logit_bias = any(_is_logit_bias(axis, weights[axis.name]) for axis in site.axes)
     if "id_table" in kinds or any(a.rows_per_expert != 1 for a in site.axes):

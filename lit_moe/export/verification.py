@@ -2,54 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
 
-from lit_moe.checkpoints import auto_class, load, model_class, read_config
-from lit_moe.errors import ExportError, LitMoEError
+from lit_moe.accounting import count_bytes
+from lit_moe.errors import ExportError
+from lit_moe.export.reloading import reload_whole, reloaded_in_pieces
+from lit_moe.export.writing import Weights, stored_layout
 from lit_moe.inference import evaluating
-from lit_moe.progress import late_progress_bars
 
 PROBE_SHAPE = (2, 8)
 """Sequences and tokens that the logits are compared on."""
+
+RELOADED_WHOLE = 1 << 30
+"""Bytes of a model up to which a single process reloads it whole, by nothing but transformers."""
 
 _ROUNDINGS_ALLOWED = 16
 
 
 def max_logit_difference(
-    model: PreTrainedModel, folder: Path, *, own_loader: bool, same_shapes: bool
+    model: PreTrainedModel,
+    folder: Path,
+    weights: Weights,
+    *,
+    own_loader: bool,
+    in_pieces: bool | None = None,
 ) -> float:
     """Return the largest absolute difference between logits of ``model`` and of ``folder``.
 
-    Both are compared in the dtypes of the model in memory. One that was cast as a whole
+    The headers of the files are compared with what was to be written (names, shapes, dtypes), then
+    every tensor that transformers' loader makes of them (values), then logits (config, structure).
+    Both models run in the dtypes of the one in memory. One that was cast as a whole
     (``model.to(bfloat16)``) has also rounded what a fresh load keeps in float32, rotary frequencies
     for instance; that is no fault of the export.
 
-    Holds a second copy of the model for its duration. Leaves the random state, train / eval mode
-    and weights of ``model`` as they were.
+    Leaves the random state, train / eval mode and weights of ``model`` as they were.
 
     Args:
         model: what was exported.
         folder: where it was written.
+        weights: what was written.
         own_loader: load with :func:`lit_moe.checkpoints.load` instead of plain transformers.
-        same_shapes: whether weights can be compared one by one as well.
+        in_pieces: hold one decoder layer of the reloaded model at a time, instead of a second whole
+            model; None decides by ``RELOADED_WHOLE`` and by whether there are several ranks. Both
+            ways compare the same.
 
     Raises:
         ExportError: if the folder does not load, misses or adds weights, holds other weights, or
             its logits differ by more than rounding in the model's dtype.
     """
+    _check_files(folder, stored_layout(model, weights))
+    if in_pieces is None:
+        in_pieces = _world_size() > 1 or count_bytes(model) > RELOADED_WHOLE
     with torch.random.fork_rng(devices=_cuda_devices()), evaluating(model):
-        reloaded = _reload(model, folder, own_loader=own_loader)
-        if same_shapes:
-            _compare_weights(model, reloaded)
-        _match_dtypes(model, reloaded)
-        inputs = probe_inputs(model)
-        expected, found = _logits(model, inputs), _logits(reloaded, inputs)
+        if in_pieces:
+            with reloaded_in_pieces(model, folder, weights, own_loader=own_loader) as reloaded:
+                return compare_logits(model, reloaded)
+        return compare_logits(model, reload_whole(model, folder, weights, own_loader=own_loader))
+
+
+def compare_logits(model: PreTrainedModel, other: PreTrainedModel) -> float:
+    """Return the largest difference between the logits of two models with equal weights.
+
+    Raises:
+        ExportError: if it is more than rounding in the model's dtype, or the other does not run.
+    """
+    inputs = probe_inputs(model)
+    expected = _logits(model, inputs)
+    try:
+        found = _logits(other, inputs)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ExportError(f"the reloaded export does not run: {error}") from error
     difference = float((expected - found).abs().max())
     allowed = (
         _ROUNDINGS_ALLOWED * torch.finfo(model.dtype).eps * max(1.0, float(expected.abs().max()))
@@ -60,6 +89,33 @@ def max_logit_difference(
             f"{model.dtype} rounding explains {allowed:.3g}"
         )
     return difference
+
+
+def _check_files(folder: Path, layout: dict[str, Tensor]) -> None:
+    """Compare what the headers of the weight files say with what was to be written.
+
+    A loader casts what it reads, so that only the header shows in which dtype a bias is stored.
+    """
+    missing = dict(layout)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no dictionary
+                part = opened.get_slice(name)
+                expected = missing.pop(name, None)
+                found = (str_to_torch_dtype[part.get_dtype()], torch.Size(part.get_shape()))
+                if expected is None or (expected.dtype, expected.shape) != found:
+                    raise ExportError(
+                        f"{file.name} holds {name} as {found[0]} of shape {tuple(found[1])}, "
+                        f"{_said(expected)}"
+                    )
+    if missing:
+        raise ExportError(f"the export lacks {len(missing)} tensors: {next(iter(missing))}, ...")
+
+
+def _said(expected: Tensor | None) -> str:
+    if expected is None:
+        return "which the model does not have"
+    return f"but it was to be {expected.dtype} of shape {tuple(expected.shape)}"
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -89,65 +145,6 @@ def _without_special_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
     return torch.where(torch.isin(ids, taken), ordinary, ids)
 
 
-def _reload(model: PreTrainedModel, folder: Path, *, own_loader: bool) -> PreTrainedModel:
-    options: dict[str, Any] = {"output_loading_info": True}
-    if device_map := getattr(model, "hf_device_map", None):
-        options["device_map"] = device_map
-    try:
-        reloaded, info = _load(folder, own_loader=own_loader, **options)
-    except (LitMoEError, OSError, RuntimeError, ValueError) as error:
-        raise ExportError(f"the export does not load: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            names = sorted(str(name) for name in info[kind])
-            raise ExportError(f"the reloaded export has {kind}: {', '.join(names[:5])}")
-    _match_implementations(model, reloaded)
-    return (reloaded if device_map else reloaded.to(model.device)).eval()
-
-
-def _load(folder: Path, *, own_loader: bool, **options: Any) -> Any:
-    if own_loader:
-        return load(folder, **options)
-    config = read_config(folder)
-    with late_progress_bars():
-        return auto_class(config, model_class(config)).from_pretrained(folder, **options)
-
-
-def _compare_weights(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
-    """Compare every tensor: a probe of a few tokens does not reach every expert."""
-    found = reloaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        other = found.get(name)
-        if other is None or tensor.shape != other.shape:
-            raise ExportError(f"the reloaded export has no {name} of shape {tuple(tensor.shape)}")
-        narrow = min(tensor.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-        if not torch.equal(tensor.to(narrow), other.to(tensor.device, narrow)):
-            raise ExportError(f"the reloaded export holds other values in {name}")
-
-
-def _match_implementations(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
-    """Implementations round differently, and in bf16 that changes which expert is chosen."""
-    experts = model.get_experts_implementation()
-    if reloaded.get_experts_implementation() != experts:
-        reloaded.set_experts_implementation(experts)
-    attention = model.config._attn_implementation
-    if reloaded.config._attn_implementation != attention:
-        reloaded.set_attn_implementation(attention)
-
-
-def _match_dtypes(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
-    for name, tensor in _tensors(reloaded):
-        if name in dtypes and tensor.dtype != dtypes[name]:
-            tensor.data = tensor.data.to(dtypes[name])
-
-
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and all buffers, also those that are never saved."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
 def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     torch.manual_seed(0)  # some models draw noise where an input is left out
     output = model(**inputs)
@@ -157,3 +154,7 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 def _cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count()))
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -14,45 +14,85 @@ from transformers import PreTrainedModel
 
 from lit_moe.accounting import count_bytes
 from lit_moe.adapters import find_sites
-from lit_moe.adapters.discovery import build_on_meta
 from lit_moe.errors import ExportError
+from lit_moe.export.reloading import match_implementations
+from lit_moe.export.remote_code import built_anew
 from lit_moe.export.staging import check_space, scratch_folder
-from lit_moe.heterogeneous import per_layer_counts
+from lit_moe.export.verification import compare_logits
+from lit_moe.inference import evaluating
 from lit_moe.partitions import has_master, is_managed, is_partitioned, stream_whole
 
 
 @contextmanager
 def whole_on_first_rank(
-    model: PreTrainedModel, target: Path, *, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> Iterator[PreTrainedModel | None]:
     """Yield what is to be exported on rank 0, and None elsewhere.
 
-    That is the model itself if it is whole. Of one that is spread over ranks, or whose engine holds
-    wider master weights than the model uses, it is a copy whose weights are files beside
-    ``target``, mapped into memory: they are gathered one by one, and no rank ever holds more than
-    one tensor besides its own share. The files are gone afterwards. Collective: every rank must
-    enter.
+    That is the model itself if it is whole and has the wanted dtype. Of one that is spread over
+    ranks, whose engine holds wider master weights than the model uses, or that is to be cast, it is
+    a copy whose weights are files beside ``target``, mapped into memory: they are gathered one by
+    one, and no rank ever holds more than one tensor besides its own share. The files are gone
+    afterwards, and the model is what it was. Collective: every rank must enter.
 
     Args:
         model: whole, or partitioned by ZeRO-3, with or without an engine.
         target: where an export is going to be; there must be room for the model twice.
-        dtype: of the copy's weights; None for that of the masters.
+        dtype: of the weights, except biases that steer selection; None for that of the masters.
+        verify: if a copy is made, check that the model runs as its config says, which is what the
+            copy is built from.
 
     Raises:
-        ExportError: on all ranks, if there is no room.
+        ExportError: if there is no room, or the model is not what its config says.
     """
     masters = _wants_masters(model, dtype)
-    if not (is_partitioned(model) or masters):
+    if not (is_partitioned(model) or masters or _is_cast(model, dtype)):
         yield model if _rank() == 0 else None
         return
     _check_room(model, target)
+    if verify and (is_partitioned(model) or _rank() == 0):
+        check_as_configured(model)
     if _rank() > 0:
-        for _ in stream_whole(model, masters=masters):
-            pass
+        if is_partitioned(model) or masters:
+            for _ in stream_whole(model, masters=masters):
+                pass
         yield None
         return
     with scratch_folder(target) as folder:
         yield _mapped_copy(model, folder, stream_whole(model, masters=masters), dtype)
+
+
+def check_as_configured(model: PreTrainedModel) -> None:
+    """Compare a model's logits with those of one built from its config around the same tensors.
+
+    Holds no tensor twice. Collective if the model is partitioned.
+
+    Raises:
+        ExportError: if they differ by more than rounding.
+    """
+    twin = built_anew(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, last = name.rpartition(".")
+        twin.get_submodule(owner)._parameters[last] = parameter
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        owner, _, last = name.rpartition(".")
+        twin.get_submodule(owner)._buffers[last] = buffer
+    match_implementations(model, twin)
+    with evaluating(model), evaluating(twin):
+        compare_logits(model, twin)
+
+
+def _is_cast(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
+    """Whether any weight would be written in another dtype than it has."""
+    exact = selection_biases(model)
+    own = {
+        t.dtype for n, t in model.state_dict().items() if t.is_floating_point() and n not in exact
+    }
+    return dtype is not None and own != {dtype}
 
 
 def _rank() -> int:
@@ -92,8 +132,7 @@ def _mapped_copy(
         cast = dtype is not None and tensor.is_floating_point() and name not in exact
         kind = dtype if cast and dtype is not None else tensor.dtype
         stored[name] = _on_disk(tensor, folder / f"{number}.bin", kind)
-    with per_layer_counts(model.config, type(model)):
-        whole = build_on_meta(type(model), model.config)
+    whole = built_anew(model)
     whole.load_state_dict(stored, assign=True)
     whole.tie_weights()
     _copy_unsaved_buffers(model, whole)

@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lit_moe.assets import resolve_model
 from lit_moe.checkpoints import load, read_config
@@ -25,6 +31,7 @@ def build_model(
     architecture: dict[str, Any] | None = None,
     dtype: DType = "auto",
     trust_remote_code: bool = False,
+    num_labels: int | None = None,
 ) -> PreTrainedModel:
     """Return a model in evaluation mode, on the CPU.
 
@@ -32,18 +39,27 @@ def build_model(
         name_or_path: folder, hub id, or ``embedded``; also a folder that lit-moe exported with
             different numbers of experts per layer.
         architecture: fields of a transformers config with ``model_type``; then weights are random
-            (under torch's current seed) and ``name_or_path`` only names the tokenizer.
+            (under torch's current seed) and ``name_or_path`` only names the tokenizer. Built
+            straight into partitions they are other random weights than a whole model's, the same
+            on any number of ranks.
         dtype: of the weights; ``auto`` takes the checkpoint's own.
         trust_remote_code: run model code that comes with the checkpoint.
+        num_labels: of a classifier; if the checkpoint has another number, the classifier is made
+            anew, at random.
 
     Raises:
         LitMoEError: if ``architecture`` lacks a known ``model_type``, or the folder is missing or
             damaged.
     """
     if architecture is not None:
-        return _from_architecture(architecture, dtype).eval()
+        labels = {} if num_labels is None else {"num_labels": num_labels}
+        return _from_architecture({**architecture, **labels}, dtype).eval()
     source = resolve_model(name_or_path)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    if num_labels is not None:
+        config = read_config(source, trust_remote_code=trust_remote_code or None)
+        config.num_labels = num_labels
+        options |= {"config": config, "ignore_mismatched_sizes": True}
     return load(source, dtype=dtype, **options).eval()
 
 
@@ -136,4 +152,9 @@ def _from_architecture(architecture: dict[str, Any], dtype: DType) -> PreTrained
     except ValueError as error:
         raise LitMoEError(f"architecture cannot be built: {error}") from error
     chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    return AutoModelForCausalLM.from_config(config, dtype=chosen)
+    images = type(config) in AutoModelForImageClassification._model_mapping
+    auto = AutoModelForImageClassification if images else AutoModelForCausalLM
+    if not is_deepspeed_zero3_enabled():
+        return auto.from_config(config, dtype=chosen)
+    with torch.random.fork_rng():  # only the first rank draws; all shall go on alike
+        return auto.from_config(config, dtype=chosen)

@@ -15,6 +15,7 @@ from lit_moe.inference import evaluating
 from lit_moe.refit.collective import all_sum
 
 Batch = Mapping[str, Tensor]
+_DECODER = {"decoder_input_ids", "decoder_attention_mask"}
 
 
 def held_out_loss(
@@ -23,7 +24,8 @@ def held_out_loss(
     """Collective: return the mean loss of ``model`` on ``batches``, over all ranks.
 
     Language models that read and write one text: nats per next token. Others: the divergence
-    ``KL(teacher || model)`` of what they predict, per prediction.
+    ``KL(teacher || model)`` of what they predict, per prediction. Padding and idle rows, which keep
+    ranks in step, count for nothing.
     """
     total = torch.zeros(2, dtype=torch.float64)
     with evaluating(model), evaluating(teacher):
@@ -53,7 +55,29 @@ def _gap(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Tens
     ours = F.log_softmax(_logits(model, batch).double(), -1)
     theirs = F.log_softmax(_logits(teacher, batch).double(), -1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1)
-    return torch.stack([divergence.sum().cpu(), torch.tensor(float(divergence.numel())).double()])
+    counted = _counted(batch, divergence.shape)
+    total = divergence.cpu()[counted].sum()  # what padding predicts may be NaN
+    return torch.stack([total, counted.sum().double()])
+
+
+def _counted(batch: Batch, shape: torch.Size) -> Tensor:
+    """Return 1 for each prediction that counts: on no padding, and in no idle row.
+
+    A mask that does not lie over the predictions (an encoder's over a decoder's) only says which
+    rows are idle.
+    """
+    counted = torch.ones(shape, dtype=torch.bool)
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = batch.get(name)
+        if mask is None:
+            continue
+        mask = mask.bool().cpu()
+        over = mask.shape == shape and (name in _DECODER or not _DECODER & set(batch))
+        if not over:
+            rows = mask.flatten(1).any(dim=1)
+            mask = rows.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        counted &= mask
+    return counted
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:

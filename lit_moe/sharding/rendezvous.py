@@ -41,7 +41,16 @@ def meet(
             backend, store=store, rank=rank, world_size=world_size, timeout=patience
         )
         dist.barrier()
-    dist.distributed_c10d._set_pg_timeout(timeout)
+    have_patience(timeout)
+
+
+def have_patience(timeout: timedelta) -> None:
+    """Let the collectives of all groups wait as long.
+
+    DeepSpeed makes groups of its own, which would have torch's default: 10 minutes on GPUs.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 @contextmanager

@@ -25,14 +25,10 @@ from lit_moe.partitions import mark_managed, mark_released
 from lit_moe.resuming import CheckpointHeader, read_header
 from lit_moe.sharding.checkpoints import check_sharded, written_together
 from lit_moe.sharding.environment import DeepSpeedLauncherEnvironment
+from lit_moe.sharding.frozen import load_untrained, without_teacher
 from lit_moe.sharding.memory import share_master_weights
-from lit_moe.sharding.rendezvous import meet
-from lit_moe.sharding.universal import (
-    check_convertible,
-    keep_groups_apart,
-    make_universal,
-    universal_folder,
-)
+from lit_moe.sharding.rendezvous import have_patience, meet
+from lit_moe.sharding.universal import keep_groups_apart, make_universal, universal_folder
 from lit_moe.sharding.weights import load_weights
 
 
@@ -53,8 +49,9 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             do not count.
         patience: seconds that processes wait for each other at the start; a machine that cannot be
             reached is reported after them.
-        timeout: of every wait for other ranks; what only the first rank does (writing and checking
-            an export, converting a checkpoint) must be done in this time.
+        timeout: of every wait for other ranks (in YAML ``6:00:00``: hours, minutes, seconds); what
+            only the first rank does (writing and checking an export, converting a checkpoint) must
+            be done in this time. Who waits longer ends the run with a sentence that names it.
         **options: everything that lightning's ``DeepSpeedStrategy`` takes: ``offload_optimizer``,
             ``offload_parameters``, ``overlap_comm``, ...
 
@@ -127,7 +124,7 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             rank=self.global_rank,
             world_size=self.world_size,
             patience=timedelta(seconds=self.patience),
-            timeout=self._timeout or default_pg_timeout,
+            timeout=self._patience_later,
         )
         super()._init_deepspeed_distributed()
 
@@ -148,10 +145,9 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             LitMoEError: if writing failed; an older checkpoint of that name is still there.
         """
         target = Path(self.broadcast(filepath))
-        self.exclude_frozen_parameters = self._only_teacher_is_frozen
-        with written_together(
-            target, is_first_rank=self.is_global_zero, barrier=self.barrier
-        ) as folder:
+        first = self.is_global_zero
+        together = written_together(target, is_first_rank=first, barrier=self.barrier)
+        with without_teacher(self._module), together as folder:
             super().save_checkpoint(checkpoint, str(folder), storage_options)
 
     def load_checkpoint(
@@ -171,8 +167,8 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             return load_weights(module, header)
         if not self._is_written_alike(header):
             return self._load_universal(header)
-        module.strict_loading = not self._only_teacher_is_frozen
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        with without_teacher(module):
+            return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _is_written_alike(self, header: CheckpointHeader) -> bool:
         return (header.world_size, header.stage) == (self.world_size, self.stage)
@@ -182,7 +178,6 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             f"{header.path} was written by {header.world_size} ranks under ZeRO stage "
             f"{header.stage}; it is converted for {self.world_size} ranks under stage {self.stage}"
         )
-        check_convertible(header)
         if self.is_global_zero:
             make_universal(header)
         self.barrier("universal checkpoint")
@@ -194,15 +189,11 @@ class MoEDeepSpeed(DeepSpeedStrategy):
         state = super().load_checkpoint(universal_folder(header))
         engine._config.load_universal_checkpoint = False
         keep_groups_apart(optimizer, options)
+        load_untrained(self._module, header)
         self.barrier("universal checkpoint is read")
         if self.is_global_zero:
             shutil.rmtree(universal_folder(header), ignore_errors=True)
         return state
-
-    @property
-    def _only_teacher_is_frozen(self) -> bool:
-        frozen = [n for n, p in self._module.named_parameters() if not p.requires_grad]
-        return bool(frozen) and all(name.startswith("teacher.") for name in frozen)
 
     def _configure_launcher(self) -> None:
         is_default = type(self.cluster_environment) is LightningEnvironment
@@ -211,13 +202,21 @@ class MoEDeepSpeed(DeepSpeedStrategy):
         super()._configure_launcher()
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        self._await_all_models()
         super()._initialize_deepspeed_train(model)
+        have_patience(self._patience_later)
         share_master_weights(self.deepspeed_engine.optimizer)
         mark_managed(model)
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        self._await_all_models()
         super()._initialize_deepspeed_inference(model)
+        have_patience(self._patience_later)
         mark_managed(model)
+
+    def _await_all_models(self) -> None:
+        """See at once if a rank has ended: DeepSpeed makes groups, which wait for it very long."""
+        self.barrier("all models are built")
 
     def release_model(self) -> None:
         """Take the model out of the engine: no further step, but its experts can be removed.
@@ -228,6 +227,10 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             self.deepspeed_engine.destroy()
             self.model = self.lightning_module
             mark_released(self._module)
+
+    @property
+    def _patience_later(self) -> timedelta:
+        return self._timeout or default_pg_timeout
 
     @property
     def _on_cpu(self) -> bool:

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from lit_moe.errors import LitMoEError
-from lit_moe.resuming import TAG, CheckpointHeader, read_stored
+from lit_moe.resuming import TAG, CheckpointHeader
 
 _NAMES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 _SOURCE = "source.json"
@@ -45,21 +44,6 @@ def make_universal(header: CheckpointHeader) -> Path:
     _write_model_states(header, folder / TAG)
     (folder / _SOURCE).write_text(json.dumps(identity), encoding="utf-8")
     return folder
-
-
-def check_convertible(header: CheckpointHeader) -> None:
-    """Refuse a checkpoint with frozen parameters beside the teacher's. Every rank may call it.
-
-    Raises:
-        LitMoEError: naming one of them.
-    """
-    stored = read_stored(header.path)
-    frozen = stored.get("frozen_param_shapes") or {}
-    if frozen:
-        raise LitMoEError(
-            f"checkpoint {header.path} holds frozen parameters ({next(iter(frozen))}, ...), which "
-            f"only {header.world_size} ranks under ZeRO stage {header.stage} can put together"
-        )
 
 
 def _identity(header: CheckpointHeader) -> dict[str, int]:
@@ -95,6 +79,9 @@ def _serve_every_stage(folder: Path) -> None:
     by_number = common.pop("optimizer_state_dict", {}).get("state", {})
     step = by_number[0]["step"] if by_number else None
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if not (part / "exp_avg.pt").is_file():  # frozen: read from the checkpoint itself
+            shutil.rmtree(part)
+            continue
         for name in ("fp32", "exp_avg", "exp_avg_sq"):
             values = torch.load(part / f"{name}.pt", weights_only=False)
             if not isinstance(values, dict):
@@ -131,11 +118,15 @@ def keep_groups_apart(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]
 
 
 def _write_model_states(header: CheckpointHeader, folder: Path) -> None:
-    """Leave the loops, callbacks and buffers; parameters come from files of their own."""
+    """Leave the loops, callbacks and buffers; parameters come from elsewhere.
+
+    Trained ones come from files of their own, frozen ones from the checkpoint itself.
+    """
     (first,) = sorted((header.path / TAG).glob("*mp_rank_00_model_states.pt"))[:1]
     stored: dict[str, Any] = torch.load(first, mmap=True, map_location="cpu", weights_only=False)
     buffers = set(stored["buffer_names"])
     stored["module"] = {name: t for name, t in stored["module"].items() if name in buffers}
+    stored["frozen_param_shapes"] = stored["frozen_param_fragments"] = None
     for old in folder.glob("*_model_states.pt"):
         old.unlink()
     for name in _NAMES:

@@ -1,4 +1,4 @@
-"""The weights of a sharded checkpoint, without optimizer, for runs that only evaluate."""
+"""The weights of a sharded checkpoint, without optimizer, also for other ranks and stages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,52 @@ import io
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_moe.errors import LitMoEError
+from lit_moe.partitions import whole_shape
 from lit_moe.resuming import TAG, CheckpointHeader, read_stored
+
+
+def stored_parameters(header: CheckpointHeader) -> dict[str, Any]:
+    """Return the parameters of a checkpoint by name, whole, each read when it is asked for.
+
+    Those that were trained are the float32 master weights; frozen ones are as the model had them.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = get_fp32_state_dict_from_zero_checkpoint(str(header.path), TAG, lazy_mode=True)
+    if header.stage == 1:  # whose frozen parameters are nowhere but in the module
+        stored: dict[str, Any] = read_stored(header.path)["module"]
+        found = {**{n: t for n, t in stored.items() if n not in found}, **found}
+    return dict(found)
+
+
+def put_whole(parameter: Tensor, values: Tensor) -> None:
+    """Give a parameter the values that rank 0 has, partitioned or not. Collective."""
+    from deepspeed import zero
+
+    sharded = [parameter] if hasattr(parameter, "ds_tensor") else []
+    with zero.GatheredParameters(sharded, modifier_rank=0):
+        if parameter.numel():
+            parameter.data.copy_(values)
+
+
+def checked(values: Any, name: str, parameter: Tensor, header: CheckpointHeader) -> Tensor:
+    """Return the stored values of a parameter in its shape.
+
+    Raises:
+        LitMoEError: if the checkpoint lacks it or has another shape of it.
+    """
+    shape = whole_shape(parameter)
+    if values is None or torch.Size(values.shape) != shape:
+        raise LitMoEError(
+            f"checkpoint {header.path} has no {name} of shape {tuple(shape)}; it is of another "
+            "model"
+        )
+    whole: Tensor = values.contiguous().view(shape)
+    return whole
 
 
 @torch.no_grad()
@@ -30,24 +72,10 @@ def load_weights(module: nn.Module, header: CheckpointHeader) -> dict[str, Any]:
     Raises:
         LitMoEError: if the checkpoint lacks a parameter or has another shape of it.
     """
-    from deepspeed import zero
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = get_fp32_state_dict_from_zero_checkpoint(str(header.path), TAG, lazy_mode=True)
+    found = stored_parameters(header)
     for name, parameter in module.named_parameters():
-        if name.startswith("teacher."):
-            continue
-        values = found.get(name)
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if values is None or tuple(values.shape) != shape:
-            raise LitMoEError(
-                f"checkpoint {header.path} has no {name} of shape {shape}; it is of another model"
-            )
-        sharded = [parameter] if hasattr(parameter, "ds_tensor") else []
-        with zero.GatheredParameters(sharded, modifier_rank=0):
-            if parameter.numel():
-                parameter.data.copy_(values.contiguous().view(shape))
+        if not name.startswith("teacher."):
+            put_whole(parameter, checked(found.get(name), name, parameter, header))
     stored = read_stored(header.path)
     for name, buffer in module.named_buffers():
         if name in stored["module"]:

@@ -220,6 +220,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     fit(trainer, again, make_data(), ckpt_path=again.resume_from)
     assert trainer.global_step == 3
     assert again.plan == whole.plan
+    assert isinstance(again.plan, MergePlan)
     assert again.plan.replayable == ("segments" not in fields)
     theirs = whole.built_model.state_dict()
     for name, tensor in again.built_model.state_dict().items():

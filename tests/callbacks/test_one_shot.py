@@ -11,8 +11,8 @@ from lit_moe.accounting import tensor_at
 from lit_moe.adapters import find_sites
 from lit_moe.assets import model_folder
 from lit_moe.callbacks import ExportModel, OneShotPruning, ReportWriter
-from lit_moe.callbacks.export import cast_weights
 from lit_moe.errors import LitMoEError, PlanError
+from lit_moe.export import whole_on_first_rank
 from lit_moe.module import LossWeights, OptimizerConfig
 from lit_moe.plan import KeepPlan
 from lit_moe.testing import tiny_moe
@@ -203,14 +203,16 @@ def test_a_ratio_that_the_router_cannot_meet_exactly_is_noted(make_data, make_tr
     assert any("keep_ratio=0.6 was asked" in sentence for sentence in writer.report.warnings)
 
 
-def test_casting_for_export_keeps_selection_biases_exact():
+def test_casting_for_export_keeps_selection_biases_exact_and_the_model_as_it_was(tmp_path):
     model = tiny_moe("deepseek_v3")
     site = find_sites(model)[0]
     (name,) = [axis.name for axis in site.axes if axis.kind == "select_bias"]
-    before = tensor_at(model, name).clone()
-    cast_weights(model, torch.bfloat16)
-    assert torch.equal(tensor_at(model, name), before)
-    assert model.lm_head.weight.dtype == torch.bfloat16
+    with whole_on_first_rank(model, tmp_path / "out", dtype=torch.bfloat16) as whole:
+        assert whole is not None
+        assert torch.equal(tensor_at(whole, name), tensor_at(model, name))
+        assert torch.equal(whole.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert model.lm_head.weight.dtype == torch.float32
+    assert not list(tmp_path.iterdir())
 
 
 class Recorder(L.Callback):

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from lit_moe.assets import model_folder, text_file
 from lit_moe.testing import tiny_moe
 from tests.distributed.runs import Setup
+from tests.distributed.two_hosts import joined_namespaces
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +36,10 @@ def restless(tmp_path_factory):
     tiny_moe("mixtral", vocab_size=1024, attention_dropout=0.2).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_folder()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hosts():
+    """Names of two namespaces with a cable between them."""
+    with joined_namespaces() as names:
+        yield names

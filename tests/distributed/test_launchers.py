@@ -3,18 +3,15 @@
 The files in launch/ are what is run, as they stand; only variables that they read are set.
 """
 
-import os
 import re
-import socket
-import stat
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.distributed.slurm_stand_in import free_port, job_variables
 from tests.distributed.tiny_fit import (
     ROOT,
-    environment,
     finish,
     finish_forks,
     fork_fit,
@@ -48,12 +45,6 @@ def two(checkpoint, pages, tmp_path):
 def agrees(folder: Path, one: list[float]) -> None:
     assert world_size(folder) == 2
     assert losses(folder) == pytest.approx(one, abs=1e-5)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_local_sh(one, two, tmp_path):
@@ -95,37 +86,24 @@ def test_plain_variables_two_nodes_of_one_rank(one, two, tmp_path):
 
 def test_slurm_sbatch_under_two_tasks(one, two, tmp_path):
     """``srun`` is a stand-in: it starts the tasks with the variables that SLURM would set."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    srun = programs / "srun"
-    srun.write_text(
-        "#!/usr/bin/env bash\n"
-        "for task in 0 1; do\n"
-        '  SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &\n'
-        "  tasks+=($!)\n"
-        "done\n"
-        'for task in "${tasks[@]}"; do wait "$task" || exit 1; done\n'
-    )
-    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
-    allocation = {"NNODES": "1", "NTASKS": "2", "NTASKS_PER_NODE": "2", "CPUS_PER_TASK": "1"}
-    allocation |= {"JOB_ID": "7", "JOB_NAME": "lit-moe", "NODELIST": "127.0.0.1"}
-    variables = {f"SLURM_{name}": value for name, value in allocation.items()}
-    variables["MASTER_PORT"] = free_port()
-    variables["PATH"] = f"{programs}{os.pathsep}{environment()['PATH']}"
+    variables = {**job_variables(tmp_path), "MASTER_PORT": free_port()}
     log = tmp_path / "log"
     finish((start(["bash", str(LAUNCH / "slurm.sbatch"), str(two(1))], log, **variables), log))
     agrees(tmp_path, one)
 
 
-def test_the_command_of_k8s_yaml(one, two, tmp_path):
+def test_the_command_of_k8s_yaml_in_two_pods(one, two, tmp_path):
     job = list(yaml.safe_load_all((LAUNCH / "k8s.yaml").read_text()))[1]
     container = job["spec"]["template"]["spec"]["containers"][0]
     assert container["command"] == ["bash", "-c"]
     script = re.sub(r"29500", free_port(), container["args"][0])
     script += f" --trainer.default_root_dir {tmp_path / 'run'}"
-    variables = {"CONFIG": str(two(2)), "NODES": "1", "DEVICES": "2"}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "JOB_COMPLETION_INDEX": "0"}
-    assert set(variables) - {"JOB_COMPLETION_INDEX"} == {e["name"] for e in container["env"]}
-    log = tmp_path / "log"
-    finish((start(["bash", "-c", script], log, **variables), log))
+    variables = {"CONFIG": str(two(2)), "NODES": "2", "DEVICES": "1", "MASTER_ADDR": "127.0.0.1"}
+    assert set(variables) == {entry["name"] for entry in container["env"]}
+    logs = [tmp_path / f"log{index}" for index in (0, 1)]
+    pods = [
+        start(["bash", "-c", script], log, JOB_COMPLETION_INDEX=str(index), **variables)
+        for index, log in enumerate(logs)
+    ]
+    finish(*zip(pods, logs, strict=True))
     agrees(tmp_path, one)

@@ -179,7 +179,7 @@ def test_validation_and_prediction_do_not_depend_on_the_number_of_ranks(setup, m
     assert alone[2] == 13
 
 
-@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+@pytest.mark.parametrize("mode", some(["zero2", "zero3"], ["ddp", "zero1", "zero3-sharded-load"]))
 def test_an_export_after_bf16_training_has_the_digits_of_the_master_weights(setup, mode):
     def exported(trainer, module):
         return str(setup.folder / "run" / mode / "model")

@@ -4,80 +4,29 @@ They are as far apart as two machines: the loopback address of one is not that o
 them needs root; elsewhere these tests are skipped.
 """
 
-import itertools
-import os
-import shutil
-import subprocess
-
 import pytest
 
 from tests.distributed.tiny_fit import (
-    ROOT,
     finish,
     finish_forks,
     fork_fit,
     losses,
-    start,
     world_size,
     write_config,
 )
+from tests.distributed.two_hosts import (
+    ADDRESSES,
+    PORTS,
+    REASON,
+    REFUSED,
+    plain_variables,
+    start_on_both,
+)
 
-LAUNCH = ROOT / "launch"
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
-CABLES = ("litmoe-a", "litmoe-b")
-REFUSED = 2
-"""What lit-moe returns for a request that cannot be met."""
-
-
-def why_not() -> str | None:
-    """Return what keeps this machine from making namespaces, None if nothing does."""
-    if os.geteuid() != 0:
-        return "making network namespaces needs root"
-    if shutil.which("ip") is None:
-        return "there is no ip command (iproute2)"
-    name = f"lit-moe-probe-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if made.returncode:
-        return f"no network namespaces here: {made.stderr.strip()}"
-    joined = subprocess.run(
-        ["ip", "-n", name, "link", "add", "probe-a", "type", "veth", "peer", "name", "probe-b"],
-        capture_output=True,
-        text=True,
-    )
-    subprocess.run(["ip", "netns", "delete", name], check=True)
-    return f"no cables here: {joined.stderr.strip()}" if joined.returncode else None
-
-
-REASON = why_not()
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def hosts():
-    """Names of two namespaces that reach each other at ``ADDRESSES`` and nothing else."""
-    names = tuple(f"lit-moe-{os.getpid()}-{i}" for i in (0, 1))
-    made: list[str] = []
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            made.append(name)
-        ip("link", "add", CABLES[0], "netns", names[0], "type", "veth",
-           "peer", "name", CABLES[1], "netns", names[1])  # fmt: skip
-        for name, cable, address in zip(names, CABLES, ADDRESSES, strict=True):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", cable)
-            ip("-n", name, "link", "set", cable, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in made:
-            ip("netns", "delete", name)  # the cable goes with them
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +38,10 @@ def one(checkpoint, pages, tmp_path_factory):
     return losses(folder)
 
 
-_PORTS = itertools.count(29511)  # the namespaces are new: all ports are free
-
-
 def test_torchrun_sh_on_two_hosts(hosts, one, checkpoint, pages, tmp_path):
     config = write_config(tmp_path, checkpoint, pages, stage=3)
-    run_on_both(hosts, tmp_path, "torchrun.sh", str(config), NODES="2", DEVICES="1")
+    variables = {"NODES": "2", "DEVICES": "1"}
+    finish(*start_on_both(hosts, tmp_path, "torchrun.sh", str(config), **variables))
     agrees(tmp_path, one)
 
 
@@ -103,7 +50,8 @@ def test_deepspeed_sh_on_two_hosts_without_ssh(hosts, one, checkpoint, pages, tm
     config = write_config(tmp_path, checkpoint, pages, stage=2)
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    run_on_both(hosts, tmp_path, "deepspeed.sh", str(config), HOSTFILE=str(hostfile), DEVICES="1")
+    variables = {"HOSTFILE": str(hostfile), "DEVICES": "1"}
+    finish(*start_on_both(hosts, tmp_path, "deepspeed.sh", str(config), **variables))
     agrees(tmp_path, one)
 
 
@@ -111,12 +59,11 @@ def test_deepspeed_sh_on_two_hosts_without_ssh(hosts, one, checkpoint, pages, tm
 def test_plain_variables_on_two_hosts(hosts, one, checkpoint, pages, tmp_path):
     config = write_config(tmp_path, checkpoint, pages, stage=2)
     words = [f"--config={config}", "--trainer.num_nodes=2", "--trainer.devices=1"]
-    port = str(next(_PORTS))
+    port = str(next(PORTS))
     started = []
     for rank, host in enumerate(hosts):
         log = tmp_path / f"log{rank}"
-        variables = {"NODE_RANK": str(rank), "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": port}
-        variables["GLOO_SOCKET_IFNAME"] = CABLES[rank]
+        variables = plain_variables(rank, port)
         started.append((fork_fit(words, log, namespace=host, **variables), log))
     finish_forks(*started)
     agrees(tmp_path, one)
@@ -127,7 +74,7 @@ def test_a_host_that_nobody_answers_is_one_sentence(hosts, checkpoint, pages, tm
     config = write_config(tmp_path, checkpoint, pages, stage=2)
     words = [f"--config={config}", "--trainer.num_nodes=2", "--trainer.devices=1"]
     words.append("--trainer.strategy.init_args.patience=3")
-    variables = {"NODE_RANK": "1", "MASTER_ADDR": "10.77.0.9", "MASTER_PORT": str(next(_PORTS))}
+    variables = {"NODE_RANK": "1", "MASTER_ADDR": "10.77.0.9", "MASTER_PORT": str(next(PORTS))}
     log = tmp_path / "log"
     process = fork_fit(words, log, namespace=hosts[1], **variables)
     finish_forks((process, log), code=REFUSED)
@@ -141,7 +88,7 @@ def test_hosts_whose_name_means_loopback_are_told_of_the_interface(
     config = write_config(tmp_path, checkpoint, pages, stage=2)
     words = [f"--config={config}", "--trainer.num_nodes=2", "--trainer.devices=1"]
     words.append("--trainer.strategy.init_args.patience=5")
-    port = str(next(_PORTS))
+    port = str(next(PORTS))
     logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
     variables = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     started = [
@@ -158,19 +105,6 @@ def assert_one_sentence(log, beginning) -> None:
     assert beginning in line
     assert "GLOO_SOCKET_IFNAME" in line
     assert "Traceback" not in log.read_text()
-
-
-def run_on_both(hosts, folder, script, *words, **variables) -> None:
-    """Run one of the files in launch/ on both hosts at the same time, each with its number."""
-    port = str(next(_PORTS))
-    started = []
-    for rank, host in enumerate(hosts):
-        log = folder / f"log{rank}"
-        own = {"NODE_RANK": str(rank), "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": port}
-        own["GLOO_SOCKET_IFNAME"] = CABLES[rank]
-        command = ["ip", "netns", "exec", host, str(LAUNCH / script), *words]
-        started.append((start(command, log, **variables, **own), log))
-    finish(*started)
 
 
 def agrees(folder, one) -> None:

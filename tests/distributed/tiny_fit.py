@@ -6,6 +6,8 @@ import ctypes
 import json
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +56,58 @@ class LossFile(Callback):
         if trainer.is_global_zero:
             found = {"losses": self.losses, "world_size": trainer.world_size}
             Path(self.path).write_text(json.dumps(found))
+
+
+class StepFile(Callback):
+    """Adds a line for each step of rank 0: its number and its loss.
+
+    Args:
+        path: file to add to, also in a run that goes on.
+        seconds: what each step takes longer, so that there is time to disturb it.
+    """
+
+    def __init__(self, path: str, seconds: float = 0.0) -> None:
+        self.path = path
+        self.seconds = seconds
+
+    def on_train_batch_end(
+        self, trainer: Trainer, _: LightningModule, outputs: Any, *__: Any
+    ) -> None:
+        """After each step."""
+        time.sleep(self.seconds)
+        if trainer.is_global_zero:
+            with Path(self.path).open("a") as stream:
+                stream.write(f"{trainer.global_step} {float(outputs['loss'])}\n")
+
+
+class Stumbles(Callback):
+    """Ends one rank in the middle of a run.
+
+    Args:
+        rank: which.
+        how: ``raise`` an error, be ``kill``-ed, ``hang`` for some time, or raise ``early``, when
+            the model has just been built.
+    """
+
+    def __init__(self, rank: int, how: str) -> None:
+        self.rank = rank
+        self.how = how
+
+    def on_model_built(self, trainer: Trainer, _: LightningModule) -> None:
+        """Before the strategy wraps the model."""
+        if self.how == "early" and trainer.global_rank == self.rank:
+            raise OSError("the disk of this machine went away")
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Before the third step, while the others begin it."""
+        if trainer.global_rank != self.rank or trainer.global_step != 2:
+            return
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "hang":
+            time.sleep(12)
+            return
+        raise OSError("the disk of this machine went away")
 
 
 def write_config(folder: Path, checkpoint: Path, pages: str, *, stage: int | None) -> Path:
@@ -184,12 +238,18 @@ def _fit(words: list[str], log: Path, namespace: str | None, variables: dict[str
 
 
 def _enter(namespace: str) -> None:
-    """Move this process into a network namespace (``os.setns`` is newer than Python 3.11)."""
-    new_network = 0x40000000
+    """Move this process into a network namespace, on a machine that has its name.
+
+    ``os.setns`` and ``os.unshare`` are newer than Python 3.11.
+    """
+    new_network, new_name = 0x40000000, 0x04000000
     libc = ctypes.CDLL(None, use_errno=True)
     with Path(f"/run/netns/{namespace}").open() as handle:
         if libc.setns(handle.fileno(), new_network):
             raise OSError(ctypes.get_errno(), f"cannot enter the namespace {namespace}")
+    if libc.unshare(new_name):
+        raise OSError(ctypes.get_errno(), "cannot have a host name of its own")
+    socket.sethostname(namespace)
 
 
 def losses(folder: Path) -> list[float]:

@@ -126,6 +126,25 @@ def test_the_loss_of_other_models_is_the_divergence_from_the_teacher(family):
     assert held_out_loss(teacher, teacher, [batch]) == 0
 
 
+@pytest.mark.parametrize("family", ["switch_transformers", "openai_privacy_filter"])
+def test_padding_and_idle_rows_count_for_nothing_in_the_divergence(family):
+    teacher = tiny_moe(family)
+    student = halved(teacher)
+    (batch,) = text_for(teacher, rows=3, batches=1)
+    batch["attention_mask"][1, 10:] = 0
+    p, q = (torch.log_softmax(logits_of(m, batch).double(), -1) for m in (teacher, student))
+    divergence = (p.exp() * (p - q)).sum(-1)
+    counted = batch["attention_mask"].bool()
+    if "decoder_input_ids" in batch:  # the mask is the encoder's
+        counted = torch.ones_like(counted)
+    expected = float(divergence[counted].mean())
+    found = held_out_loss(student, teacher, [batch])
+    assert found == pytest.approx(expected, rel=1e-6)
+    idle = {name: torch.cat([rows, rows[:1]]) for name, rows in batch.items()}
+    idle["attention_mask"][-1] = 0
+    assert held_out_loss(student, teacher, [idle]) == pytest.approx(found, rel=1e-6)
+
+
 @pytest.mark.parametrize("solver", ["joint", "jacobi", "gauss_seidel"])
 @pytest.mark.parametrize("mode", MODES)
 def test_experts_that_see_no_token_are_left_bit_identical_and_listed(mode, solver, no_judge):
