@@ -17,16 +17,16 @@ _TEACHER = "teacher"
 @contextmanager
 def without_teacher(module: nn.Module) -> Iterator[None]:
     """Within it, a module has no teacher: none is written to a checkpoint or looked for in one."""
-    teacher = module._modules.pop(_TEACHER, None)
+    teacher = module._modules.get(_TEACHER)
+    if teacher is None:
+        yield
+        return
     place = vars(module)
-    if teacher is not None:
-        place[_TEACHER] = teacher  # for who asks for it meanwhile, but not as a submodule
+    place[_TEACHER] = module._modules.pop(_TEACHER)  # there, but not as a submodule
     try:
         yield
     finally:
-        place.pop(_TEACHER, None)
-        if teacher is not None:
-            module._modules[_TEACHER] = teacher
+        module._modules[_TEACHER] = place.pop(_TEACHER)
 
 
 @torch.no_grad()

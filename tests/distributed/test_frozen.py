@@ -108,3 +108,17 @@ def test_what_is_evaluated_alone_has_the_frozen_weights(
     found = setup.validate(mode, str(folder / "step=8.ckpt"), look=loss)
     expected = setup.validate("single", str(original("single")[1] / "step=8.ckpt"), look=loss)
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", some(["zero3"], ["zero1", "zero2", "zero3-sharded-load"]))
+def test_a_run_without_a_teacher_goes_on(checkpoint, chapters, tmp_path, mode):
+    task = {**TASK, "distillation": 0.0, "max_steps": 4}
+    setup = Setup(checkpoint, chapters, tmp_path)
+    losses = setup.fit(mode, callbacks=keeping(tmp_path / "a", every_n_train_steps=2), **task)[0]
+    resumed = setup.fit(
+        mode,
+        callbacks=keeping(tmp_path / "b", every_n_train_steps=2),
+        resume=str(tmp_path / "a" / "step=2.ckpt"),
+        **task,
+    )
+    assert resumed[0] == losses[2:]
