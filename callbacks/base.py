@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import Callback, Trainer
@@ -56,6 +56,8 @@ class ExpertPruning(Callback):
         protect: layers (``model.layers.0.*``) and experts (``model.layers.3.mlp:1,5``) that stay;
             ``super-experts`` protects those with extreme activations.
     """
+
+    shows_bars: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -211,7 +213,7 @@ class ExpertPruning(Callback):
             observation = observe(
                 module.built_model,
                 loader,
-                progress=trainer.is_global_zero,
+                progress=self.shows_bars and trainer.is_global_zero,
                 gather=[kind for kind in GATHERABLE if kind in needs],
             )
         if not writer.loads:
@@ -224,7 +226,9 @@ class ExpertPruning(Callback):
             return None
         writer, loader = report_writer(trainer), calibration_share(trainer)
         with writer.phase("observe"):
-            seen = observe_gradients(module.built_model, loader, progress=trainer.is_global_zero)
+            seen = observe_gradients(
+                module.built_model, loader, progress=self.shows_bars and trainer.is_global_zero
+            )
         if not writer.report.calibration.tokens:
             self._note_unrouted(writer, seen)
         return seen

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from torch import Tensor
 
 from lit_moe.adapters import count_experts, find_sites
 from lit_moe.adapters.site import MoESite
@@ -18,7 +17,10 @@ from lit_moe.callbacks.report import report_writer
 from lit_moe.callbacks.round_training import restart_optimizer, set_max_steps, training_data
 from lit_moe.callbacks.rounds import (
     FineTuning,
+    as_reported,
     counts_per_round,
+    mean_load_cv,
+    select_round,
     steps_per_round,
     totals_per_round,
 )
@@ -28,7 +30,7 @@ from lit_moe.masking import RouterMask
 from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
 from lit_moe.plans import only_drops
-from lit_moe.selection import Budget, keep_top_per_group, layer_counts, layer_rules, select
+from lit_moe.selection import Budget, layer_counts, layer_rules
 from lit_moe.selection.counts import total_experts
 
 ROUNDS_NAME = "rounds.json"
@@ -84,11 +86,13 @@ class IterativePruning(ExpertPruning):
         self._keep: list[dict[str, int] | int] = []
         self._steps: list[int] = []
         self._round = 0
+        self._ended = 0
         self._tokens = 0
         self._mask: KeepPlan | None = None
         self._router_mask: RouterMask | None = None
         self._protected: dict[str, frozenset[int]] | None = None
         self._records: list[dict[str, Any]] = []
+        self._load_cv: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
         """Before the model is built. Begins a new count of rounds for each fit."""
@@ -117,8 +121,11 @@ class IterativePruning(ExpertPruning):
             return
         writer.measure(trainer, module, "before")
         while self._round < len(self._keep) and self._begins_at(self._round) == 0:
+            self._end_round(trainer, module)
             self.cut(trainer, module, self._decide(trainer, module))
             self._finish_round(trainer, module)
+        if self.fine_tuning is None:
+            self._end_round(trainer, module)
         self.record(trainer, module, self.criterion.name)
         self._measure_last(trainer, module)
 
@@ -148,6 +155,7 @@ class IterativePruning(ExpertPruning):
     ) -> None:
         """Before each batch. Does the rounds that are due, on the model as it now is."""
         while self._round < len(self._keep) and trainer.global_step >= self._begins_at(self._round):
+            self._end_round(trainer, pl_module)
             self._mask_round(trainer, pl_module)
 
     def on_train_batch_end(  # type: ignore[override]
@@ -163,8 +171,10 @@ class IterativePruning(ExpertPruning):
         if not self._keep:
             return
         left = len(self._keep) - self._round
+        self._end_round(trainer, pl_module)
         while self._round < len(self._keep):
             self._mask_round(trainer, pl_module)
+            self._end_round(trainer, pl_module)
         if self.fine_tuning is None:
             return
         self._note_training(trainer, left)
@@ -176,6 +186,26 @@ class IterativePruning(ExpertPruning):
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
         """When the run breaks. Shows all experts again."""
         self._show()
+
+    def on_round_end(self, trainer: Trainer, module: MoEModule, number: int) -> None:
+        """When the experts of a round are gone and its training, if any, is done; for subclasses.
+
+        Collective. Again, after a resume from a checkpoint of exactly this moment.
+
+        Args:
+            trainer: of the run.
+            module: holds the model, masked or cut to :meth:`kept`.
+            number: of the round, from 1.
+        """
+
+    def kept(self, module: MoEModule) -> KeepPlan:
+        """Return the experts that are left, in the numbering of the model as it was loaded."""
+        here = self.alive(module)
+        return here if module.plan is None else composed(module.plan, here)
+
+    def alive(self, module: MoEModule) -> KeepPlan:
+        """Return the experts that are left, in the numbering of the model as it now is."""
+        return self._mask or KeepPlan.identity(count_experts(find_sites(module.built_model)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return where in the rounds the run is."""
@@ -190,6 +220,7 @@ class IterativePruning(ExpertPruning):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """When a run resumes, or a checkpoint is tested. Goes on where it was."""
         self._round = state_dict["round"]
+        self._ended = max(0, self._round - 1)
         mask = state_dict["mask"]
         self._mask = mask and KeepPlan.from_dict(mask)
         self._tokens = state_dict["tokens"]
@@ -233,7 +264,7 @@ class IterativePruning(ExpertPruning):
     def _decide(self, trainer: Trainer, module: MoEModule) -> KeepPlan:
         """Return which experts of the model at hand stay after the next round. Collective."""
         sites = find_sites(module.built_model)
-        alive = self._mask or KeepPlan.identity(count_experts(sites))
+        alive = self.alive(module)
         keep = self._keep[self._round]
         evidence = self.gather(
             trainer,
@@ -246,8 +277,9 @@ class IterativePruning(ExpertPruning):
         if self._protected is None:
             assert self.budget is not None
             self._protected = self.protection(trainer, evidence, self.budget)
+        self._load_cv = mean_load_cv(evidence.observation, alive.kept)
         scores = self.rate(trainer, evidence)
-        stay = _select(
+        stay = select_round(
             {name: values[list(alive.kept[name])] for name, values in scores.items()},
             [replace(site, num_experts=len(alive.kept[site.name])) for site in sites],
             keep,
@@ -277,15 +309,20 @@ class IterativePruning(ExpertPruning):
         self._measure_last(trainer, module)
         self._begin_schedule(trainer, module)
 
+    def _end_round(self, trainer: Trainer, module: MoEModule) -> None:
+        if self._round > self._ended:
+            self._ended = self._round
+            self.on_round_end(trainer, module, self._round)
+
     def _finish_round(self, trainer: Trainer, module: MoEModule) -> None:
         self._round += 1
-        here = self._mask or KeepPlan.identity(count_experts(find_sites(module.built_model)))
-        whole = here if module.plan is None else composed(module.plan, here)
+        whole = self.kept(module)
         self._records.append(
             {
                 "round": self._round,
                 "step": trainer.global_step,
-                "tokens_before": self._tokens_everywhere(trainer),
+                "tokens_before": self.tokens_trained(trainer),
+                "load_cv": self._load_cv,
                 "kept": {name: list(ids) for name, ids in whole.kept.items()},
             }
         )
@@ -325,7 +362,7 @@ class IterativePruning(ExpertPruning):
 
     def _note_training(self, trainer: Trainer, left: int) -> None:
         assert self.fine_tuning is not None
-        total = self._tokens_everywhere(trainer)
+        total = self.tokens_trained(trainer)
         sentence = (
             f"{len(self._keep)} rounds of dropping by {self.criterion.name}, fine-tuned on "
             f"{total:,} tokens in total ({trainer.global_step:,} steps)"
@@ -335,36 +372,16 @@ class IterativePruning(ExpertPruning):
             sentence += f"; training ended early: {max(left, idle)} rounds had none after them"
         report_writer(trainer).report.warnings.append(sentence)
 
-    def _tokens_everywhere(self, trainer: Trainer) -> int:
-        """Return the tokens that all ranks were trained on. Collective."""
+    def tokens_trained(self, trainer: Trainer) -> int:
+        """Return the tokens that all ranks were trained on so far. Collective."""
         tokens = torch.tensor(self._tokens, device=trainer.strategy.root_device)
         return int(torch.as_tensor(trainer.strategy.reduce(tokens, reduce_op="sum")))
 
     def _write_rounds(self, trainer: Trainer) -> None:
-        folder = report_writer(trainer).folder
+        writer = report_writer(trainer)
+        writer.report.rounds = [as_reported(record) for record in self._records]
+        folder = writer.folder
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"steps": self._steps, "rounds": self._records}, indent=2)
             (folder / ROUNDS_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _select(
-    scores: Mapping[str, Tensor],
-    sites: list[MoESite],
-    keep: dict[str, int] | int,
-    budget: Budget | None,
-    protected: Mapping[str, frozenset[int]],
-) -> KeepPlan:
-    """Return which of the experts that are left stay, numbered among themselves."""
-    if isinstance(keep, dict):
-        groups = {site.name: site.num_groups for site in sites}
-        return keep_top_per_group(scores, keep, groups, protected=protected)
-    assert budget is not None
-    everyone = sum(site.num_experts for site in sites)
-    amount = Budget(
-        keep_ratio=keep / everyone,
-        scope="global",
-        floor=budget.floor,
-        normalise=budget.normalise,
-    )
-    return select(scores, budget=amount, sites=sites, protect=protected)

@@ -35,11 +35,14 @@ JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 _MEASURED_BEFORE = (
     "quality",
     "tasks",
+    "images",
     "merging",
+    "search",
     "calibration",
     "criterion",
     "unrouted",
     "protected",
+    "rounds",
     "refit",
     "warnings",
 )
@@ -169,6 +172,12 @@ class ReportWriter(Callback):
     def measure(self, trainer: Trainer, module: MoEModule, stage: str) -> None:
         """Evaluate the test split on all ranks and record it under ``stage``."""
         data: Any = getattr(trainer, "datamodule", None)
+        if self.measure_quality and hasattr(data, "evaluate_images"):
+            with self.phase(f"evaluate_{stage}"):
+                self.report.images[stage] = data.evaluate_images(module.built_model)
+            self._log_images(trainer, stage)
+            self.write()
+            return
         if not self.measure_quality or not hasattr(data, "test_share"):
             return
         loader, domains = data.test_share(rank=trainer.global_rank, world_size=trainer.world_size)
@@ -186,9 +195,10 @@ class ReportWriter(Callback):
 
     def measure_recovered(self, trainer: Trainer, module: MoEModule) -> None:
         """Record the stage after training, once; nothing if no step was taken."""
-        if trainer.global_step == 0 or {"recovered", "trained"} & set(self.report.quality):
+        measured = {*self.report.quality, *self.report.images}
+        if trainer.global_step == 0 or {"recovered", "trained"} & measured:
             return
-        changed = {"pruned", "merged", "refitted"} & set(self.report.quality)
+        changed = {"pruned", "merged", "refitted"} & measured
         self.measure(trainer, module, "recovered" if changed else "trained")
 
     def write(self) -> None:
@@ -213,6 +223,12 @@ class ReportWriter(Callback):
                 values = {"perplexity": quality.perplexity, "bits_per_byte": quality.bits_per_byte}
                 for name, value in values.items():
                     logger.experiment.add_scalar(f"quality/{name}_by_stage", value, step)
+
+    def _log_images(self, trainer: Trainer, stage: str) -> None:
+        quality, step = self.report.images[stage], len(self.report.images) - 1
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_scalar("quality/accuracy_by_stage", quality.accuracy, step)
 
     def _draw(self) -> list[Path]:
         return draw_figures(self.report, self.folder, scores=self.scores, loads=self.loads)

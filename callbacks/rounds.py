@@ -1,14 +1,20 @@
-"""How many experts go in each round, and how much training comes after it. Numbers only."""
+"""How many experts go in each round, which, and how much training follows. No trainer here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import LitMoEError
+from lit_moe.plan import KeepPlan
+from lit_moe.report import RoundReport
+from lit_moe.selection import Budget, keep_top_per_group, select
+from lit_moe.stats import Observation
 
 Unit = Literal["tokens", "steps", "epochs"]
 
@@ -158,6 +164,61 @@ def totals_per_round(everyone: int, final: int, rounds: int | None) -> list[int]
             f"ranking drops; rounds can be {', '.join(map(str, fits))}"
         )
     return [everyone - going * r // rounds for r in range(1, rounds + 1)]
+
+
+def select_round(
+    scores: Mapping[str, Tensor],
+    sites: Sequence[MoESite],
+    keep: Mapping[str, int] | int,
+    budget: Budget | None,
+    protected: Mapping[str, frozenset[int]],
+) -> KeepPlan:
+    """Return which of the experts that are left stay, numbered among themselves.
+
+    Args:
+        scores: layer name -> scores of the experts that are left.
+        sites: the MoE layers, with as many experts as are left.
+        keep: experts that stay per layer, or in all layers together for a global ranking.
+        budget: says how a global ranking compares layers; not looked at otherwise.
+        protected: layer name -> places that stay among the experts that are left.
+    """
+    if not isinstance(keep, int):
+        groups = {site.name: site.num_groups for site in sites}
+        return keep_top_per_group(scores, keep, groups, protected=protected)
+    assert budget is not None
+    everyone = sum(site.num_experts for site in sites)
+    amount = Budget(
+        keep_ratio=keep / everyone,
+        scope="global",
+        floor=budget.floor,
+        normalise=budget.normalise,
+    )
+    return select(scores, budget=amount, sites=sites, protect=protected)
+
+
+def mean_load_cv(
+    observation: Observation | None, alive: Mapping[str, tuple[int, ...]]
+) -> float | None:
+    """Return how unevenly the experts that are left are used; None if that was not observed.
+
+    Returns:
+        Standard deviation over mean of the tokens per expert, mean over layers.
+    """
+    if observation is None:
+        return None
+    loads = [stats.count[list(alive[name])] for name, stats in observation.layers.items()]
+    return float(sum(load.std(unbiased=False) / load.mean() for load in loads) / len(loads))
+
+
+def as_reported(record: Mapping[str, Any]) -> RoundReport:
+    """Return a line of ``rounds.json`` as the report shows it."""
+    return RoundReport(
+        round=record["round"],
+        step=record["step"],
+        tokens_before=record["tokens_before"],
+        experts=sum(map(len, record["kept"].values())),
+        load_cv=record.get("load_cv"),
+    )
 
 
 def _in_steps(amount: int, unit: Unit, data: TrainingData) -> int:

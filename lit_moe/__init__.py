@@ -18,6 +18,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lit_moe.registration import register_when_needed
+
 if TYPE_CHECKING:
     from lit_moe.adapters import find_sites as find_sites
     from lit_moe.checkpoints import load as load
@@ -55,6 +57,9 @@ def __getattr__(name: str) -> Any:
     if name in _CALLABLE:
         return import_module(f"lit_moe.{name}")  # a package that can be called
     raise AttributeError(f"module 'lit_moe' has no attribute {name!r}")
+
+
+register_when_needed()
 
 
 def __dir__() -> list[str]:

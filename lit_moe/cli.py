@@ -1,4 +1,4 @@
-"""The command line: ``fit | validate | test | predict | inspect``; only this file knows argv."""
+"""The command line: the trainer's commands, and our own; only this file knows argv."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ commands:
   test       run the test loop
   predict    run the prediction loop
   inspect    show the experts of a checkpoint without loading its weights
+  compare    criteria, ratios and procedures of dropping experts, side by side
+  ablate     the loss without each single expert
 
 examples:
   lit-moe fit --config configs/quickstart.yaml
   lit-moe fit --config configs/one_shot/reap.yaml --model.init_args.model_name_or_path FOLDER
   lit-moe inspect FOLDER_OR_HUB_ID
   lit-moe inspect FOLDER_OR_HUB_ID --ranks 8 --stage 3 --teacher
+  lit-moe compare --config configs/mc_suite/compare.yaml --criteria '[reap, ean]'
 
 lit-moe <command> --help lists the options of a command.
 `lightning` and `python -m lit_moe` are the same program.
@@ -54,7 +57,7 @@ A list in YAML is replaced by that of a later file; `callbacks+:` appends to it.
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "inspect")
+COMMANDS = (*TRAINER_COMMANDS, "inspect", "compare", "ablate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after the program's name; None takes those of the process.
 
     Returns:
-        0 when done, 2 for a request that cannot be met (one sentence on standard error).
+        0 when done, 1 when parts of a comparison failed, 2 for a request that cannot be met (one
+        sentence on standard error).
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
@@ -105,6 +109,8 @@ def _run(args: list[str]) -> int:
         return _train(args)
     if args[0] == "inspect":
         return _inspect(args[1:])
+    if args[0] in ("compare", "ablate"):
+        return _compare(args)
     return _foreign(args)
 
 
@@ -116,6 +122,13 @@ def _train(args: list[str]) -> int:
     sys.argv = [sys.argv[0], *("--help" if word == "--help-all" else word for word in args)]
     run_trainer()
     return 0
+
+
+def _compare(args: list[str]) -> int:
+    _silence_third_parties()
+    from lit_moe.option_commands import run_ablate, run_compare
+
+    return (run_compare if args[0] == "compare" else run_ablate)(args[1:])
 
 
 def _inspect(args: list[str]) -> int:

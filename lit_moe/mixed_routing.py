@@ -152,8 +152,9 @@ def mix_router_(
 
 def unmix_router_(router: nn.Module) -> None:
     """Undo :func:`mix_router_` for a router that still has all its rows, in place."""
-    assert isinstance(router, MixedRouter)
-    router.__class__ = router.mix_state.stock_class
+    state = router.mix_state
+    assert isinstance(state, _State)
+    router.__class__ = state.stock_class
     del router._buffers[MAP]
     router._non_persistent_buffers_set.discard(MAP)
     del router.mix_state
@@ -220,10 +221,11 @@ def _old_rows(router: MixedRouter) -> Iterator[None]:
     if not state.has_old_rows:
         yield
         return
-    tensors, numbers = [], []
+    tensors: list[tuple[Any, str, Any]] = []
+    numbers: list[tuple[nn.Module, str, int]] = []
     for path in state.mixing.rows:
         owner, name = _owner(router, path)
-        held = owner._buffers if name in owner._buffers else owner._parameters
+        held: Any = owner._buffers if name in owner._buffers else owner._parameters
         tensors.append((held, name, held[name]))
         held[name] = getattr(owner, OLD + name)
     for path, value in state.integers.items():

@@ -8,11 +8,13 @@ from typing import Any, Literal
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from lit_moe.agreement import check_equal_everywhere, check_versions_agree
 from lit_moe.assets import EMBEDDED
 from lit_moe.checkpoint_io import keep_whole
+from lit_moe.distill.images import accuracy, check_image_weights, image_recovery, takes_images
 from lit_moe.distill.losses import next_token_loss, next_token_nll
 from lit_moe.distill.recovery import RecoveryLoss
 from lit_moe.distill.step import Ranks, Step, targets_of
@@ -26,6 +28,7 @@ from lit_moe.models import (
     frozen_copy,
     sharing_copy,
 )
+from lit_moe.models.vision import check_images, check_labels
 from lit_moe.optimization import OptimizerConfig as OptimizerConfig
 from lit_moe.optimization import build_optimizer, build_schedule, freeze_untrained
 from lit_moe.partitions import is_partitioned, loading_partitioned
@@ -54,6 +57,8 @@ class MoEModule(ResumableModule):
         optimizer: AdamW and schedule.
         loss: weights of the terms.
         trust_remote_code: run model code that comes with the checkpoint.
+        num_labels: of an image classifier; another number than the checkpoint's gives it a new,
+            random classifier.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class MoEModule(ResumableModule):
         optimizer: OptimizerConfig | None = None,
         loss: LossWeights | None = None,
         trust_remote_code: bool = False,
+        num_labels: int | None = None,
     ) -> None:
         super().__init__()
         self.model_name_or_path = model_name_or_path
@@ -73,6 +79,7 @@ class MoEModule(ResumableModule):
         self.loss_weights = loss or LossWeights()
         self.recovery = RecoveryLoss(self.loss_weights)
         self.trust_remote_code = trust_remote_code
+        self.num_labels = num_labels
         self.teacher: PreTrainedModel | None = None
         self.source_dtype: str | None = None
         self.keep_unpruned = False
@@ -88,7 +95,10 @@ class MoEModule(ResumableModule):
         self._check_checkpoint()
         with loading_partitioned(self.loading_config):
             self.model = self._build()
-            self.recovery.check(self.model)
+            if takes_images(self.model):
+                check_image_weights(self.loss_weights)
+            else:
+                self.recovery.check(self.model)
             if self.recovery.needs_teacher:
                 self.teacher = frozen_copy(self.model, rebuild=self._build)
         if self.architecture is None:
@@ -109,6 +119,7 @@ class MoEModule(ResumableModule):
             architecture=self.architecture,
             dtype=self.dtype_name,
             trust_remote_code=self.trust_remote_code,
+            num_labels=self.num_labels,
         )
 
     @property
@@ -150,6 +161,10 @@ class MoEModule(ResumableModule):
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             check_vocabulary(self.built_model, len(tokenizer), tokenizer.name_or_path)
+        names = getattr(getattr(self.trainer, "datamodule", None), "label_names", None)
+        if names is not None:
+            check_images(self.built_model, self.trainer.datamodule.image_shape)  # type: ignore[attr-defined]
+            check_labels(self.built_model, names)
         for hook in ("check_model", "on_model_built"):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 act = getattr(callback, hook, None)
@@ -163,16 +178,19 @@ class MoEModule(ResumableModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the loss terms and log each. Collective."""
-        ranks = Ranks(self.trainer.world_size, self._sum_over_ranks)
-        step = Step(self.built_model, self.teacher, batch, plan=self.plan, ranks=ranks)
-        recovery = self.recovery(step)
+        if "pixel_values" in batch:
+            recovery = image_recovery(self.built_model, self.teacher, batch, self.loss_weights)
+        else:
+            ranks = Ranks(self.trainer.world_size, self._sum_over_ranks)
+            step = Step(self.built_model, self.teacher, batch, plan=self.plan, ranks=ranks)
+            recovery = self.recovery(step)
         self.log("train/loss", recovery.total, prog_bar=True)
         logged = {**recovery.values, **recovery.details}
         self.log_dict({f"train/{name}": value for name, value in logged.items()})
         return recovery.total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the mean next-token loss in nats."""
+        """Log the mean next-token loss in nats; of images loss and accuracy."""
         self._log_loss("validation", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -180,7 +198,12 @@ class MoEModule(ResumableModule):
         self._log_loss("test", batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the nats per predicted token, shape ``(B, S-1)``, without rows of padding only."""
+        """Return the nats per predicted token, shape ``(B, S-1)``, without rows of padding only.
+
+        Of images the labels found likeliest, shape ``(B,)``.
+        """
+        if "pixel_values" in batch:
+            return self.built_model(pixel_values=batch["pixel_values"]).logits.argmax(dim=-1)
         mask = batch["attention_mask"]
         nll = next_token_nll(self._forward(batch).logits, batch["input_ids"], mask)
         return nll[mask.any(dim=1)]
@@ -215,9 +238,23 @@ class MoEModule(ResumableModule):
 
     def _log_loss(self, stage: Literal["validation", "test"], batch: Batch) -> None:
         """Log a mean over tokens: over all, or over those with a label."""
+        if "pixel_values" in batch:
+            self._log_image_loss(stage, batch)
+            return
         targets = targets_of(batch)
         loss = next_token_loss(self._forward(batch).logits, targets.ids, targets.counted)
         counted = targets.counted[:, 1:]
         share = int((counted if targets.are_labelled else counted.any(dim=1)).sum())
         share *= self.trainer.world_size  # lightning divides it by that, in whole numbers
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True, batch_size=share)
+
+    def _log_image_loss(self, stage: str, batch: Batch) -> None:
+        logits, labels = (
+            self.built_model(pixel_values=batch["pixel_values"]).logits,
+            batch["labels"],
+        )
+        values = {"loss": cross_entropy(logits, labels), "accuracy": accuracy(logits, labels)}
+        for name, value in values.items():
+            self.log(
+                f"{stage}/{name}", value, prog_bar=True, sync_dist=True, batch_size=len(labels)
+            )

@@ -1,4 +1,4 @@
-"""AdamW, its learning-rate schedule, and which parameters they train."""
+"""AdamW or SGD, its learning-rate schedule, and which parameters they train."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ Trained = Literal["all", "routers"]
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule.
+    """The optimizer and its learning-rate schedule.
 
     Attributes:
+        name: ``adamw`` or ``sgd``.
         learning_rate: peak.
         weight_decay: of matrices; vectors (norms, biases) are not decayed.
         betas: of AdamW.
+        momentum: of SGD.
         warmup_steps: linear from 0.
         schedule: name known to ``transformers.get_scheduler``.
         schedule_options: its further arguments, for instance ``{min_lr_rate: 0.1}``.
@@ -40,6 +42,17 @@ class OptimizerConfig:
     schedule: str = "cosine"
     schedule_options: dict[str, Any] = field(default_factory=dict)
     trained: Trained = "all"
+    name: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Refuse an optimizer that does not exist.
+
+        Raises:
+            LitMoEError: with those that do.
+        """
+        if self.name not in ("adamw", "sgd"):
+            raise LitMoEError(f"optimizer.name is {self.name!r}; it can be 'adamw' or 'sgd'")
 
 
 def freeze_untrained(model: PreTrainedModel, trained: Trained) -> None:
@@ -67,16 +80,17 @@ def router_parameters(model: PreTrainedModel) -> set[str]:
     return {n for n in names if n in rows or (n.startswith(within) and not n.startswith(experts))}
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW over the parameters that take gradients; only matrices are decayed."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return the optimizer over the parameters that take gradients; only matrices are decayed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: Iterable[dict[str, Any]] = (
         {"params": [p for p in trained if _is_matrix(p)], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if not _is_matrix(p)], "weight_decay": 0.0},
     )
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas
-    )
+    filled = [g for g in groups if g["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(filled, lr=config.learning_rate, momentum=config.momentum)
+    return torch.optim.AdamW(filled, lr=config.learning_rate, betas=config.betas)
 
 
 def build_schedule(

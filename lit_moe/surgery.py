@@ -65,7 +65,7 @@ def shrink(model: PreTrainedModel, plan: KeepPlan) -> ShrinkReport:
         adapter.check_counts(model.config, sites, plan.counts)
         for site in sites:
             with opened(model, site.owners):
-                adapter.slice_(model, site, plan.kept[site.name])
+                adapter.drop_(model, site, plan.kept[site.name])
         adapter.finish_(model, sites, plan.counts)
     return ShrinkReport(
         {site.name: (site.num_experts, len(plan.kept[site.name])) for site in sites},

@@ -167,6 +167,10 @@ class MoEAdapter:
             if str(discovery.key) == site.config_key:
                 slicing.set_ints(model, discovery.ints, site.name, len(keep))
 
+    def drop_(self, model: PreTrainedModel, site: MoESite, keep: Sequence[int]) -> None:
+        """Let the other experts go: cut them, where a family does nothing else with their rows."""
+        self.slice_(model, site, keep)
+
     def finish_(
         self, model: PreTrainedModel, sites: Sequence[MoESite], counts: Mapping[str, int]
     ) -> None:

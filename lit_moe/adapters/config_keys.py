@@ -86,11 +86,11 @@ def walk(
 
 
 def expert_keys(config: PreTrainedConfig) -> tuple[ConfigKey, ...]:
-    """Return the keys that hold an expert count of at least 2."""
+    """Return the keys that hold an expert count of at least 2, or what the family says."""
     keys = []
     for path, part in walk(config):
         found = first_int(part, EXPERT_KEYS)
-        if found and found[1] >= 2:
+        if found and found[1] >= getattr(part, "fewest_experts", 2):
             keys.append(ConfigKey(path, found[0]))
     return tuple(keys)
 

@@ -20,6 +20,7 @@ from lit_moe.adapters.phimoe import PhimoeAdapter
 from lit_moe.adapters.site import MoESite
 from lit_moe.adapters.switch import SwitchAdapter
 from lit_moe.adapters.unknown import UnknownAdapter
+from lit_moe.adapters.vmoe import VMoEAdapter
 from lit_moe.adapters.zaya import ZayaAdapter
 from lit_moe.errors import NotAnMoEError, UnsupportedModelError
 
@@ -105,6 +106,7 @@ TABLE: dict[str, MoEAdapter] = {
     "step3p5": MoEAdapter(SIGMOID),
     "switch_transformers": SwitchAdapter(SOFTMAX_PLAIN),
     "unlimited_ocr_text": DeepseekV2Adapter(GROUP_MAX),
+    "lit_vmoe": VMoEAdapter(SOFTMAX_PLAIN),
     "zaya": ZayaAdapter(SOFTMAX_PLAIN),
 }
 """model_type -> adapter: the families that the tests run. One line adds a family."""

@@ -71,6 +71,25 @@ class RouterHandle:
         self._mode.stop()
 
 
+class HookedMask:
+    """Masks one router by changing what it returns, from construction until :meth:`remove`.
+
+    Args:
+        router: the router.
+        change: takes what its forward returns, and returns it with experts hidden.
+    """
+
+    def __init__(self, router: nn.Module, change: Callable[[Any], Any]) -> None:
+        self._router = router
+        self._hook = router.register_forward_hook(lambda _, __, output: change(output))
+        _MASKED.add(router)
+
+    def remove(self) -> None:
+        """Give the router back as it was."""
+        self._hook.remove()
+        _MASKED.discard(self._router)
+
+
 class _FollowRouter(TorchFunctionMode):
     """Intercepts torch functions; active only inside the router's forward."""
 

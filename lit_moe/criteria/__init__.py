@@ -8,6 +8,7 @@ from lit_moe.criteria import mc_inference as mc_inference
 from lit_moe.criteria import mc_weights as mc_weights
 from lit_moe.criteria import naee as naee
 from lit_moe.criteria import obs as obs
+from lit_moe.criteria import router_change as router_change
 from lit_moe.criteria import usage as usage
 from lit_moe.criteria import weights as weights
 from lit_moe.criteria.base import Criterion as Criterion

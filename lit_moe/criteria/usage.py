@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lit_moe.criteria.base import RoutedCriterion
+from lit_moe.criteria.base import RoutedCriterion, routed_mean
 from lit_moe.criteria.registry import register
 from lit_moe.stats.observation import LayerStats
 
@@ -61,3 +61,20 @@ class GateSum(RoutedCriterion):
     def layer_scores(self, stats: LayerStats) -> Tensor:
         """Return the sum of routing weights."""
         return stats.gate_sum.double()
+
+
+@register("importance")
+@dataclass(frozen=True)
+class Importance(RoutedCriterion):
+    """Share of the tokens times the exponential of the mean gate that they give the expert.
+
+    ``s_e = |{x : e in K(x)}| / T * exp(mean_{x : e in K(x)} g_e(x))``
+
+    The score of language-specific pruning (Koishekenov et al., arXiv 2212.09811), which counts only
+    the tokens that choose the expert first; with one expert per token there is no difference.
+    """
+
+    def layer_scores(self, stats: LayerStats) -> Tensor:
+        """Return usage times confidence; 0 for an expert without tokens."""
+        usage = stats.count.double() / max(stats.tokens, 1)
+        return usage * routed_mean(stats.gate_sum, stats.count).exp()

@@ -128,7 +128,7 @@ def _prepared(model: PreTrainedModel, layout: str) -> tuple[Weights, PreTrainedC
             "layout='padded' is for plain routers, but those of this model mix probabilities of "
             "former experts; leave layout at 'auto'"
         )
-    if heterogeneous_configs(config):
+    if heterogeneous_configs(config) and not getattr(type(model), "builds_per_layer", False):
         chosen = "padded" if layout == "padded" else "per_layer_config"
     if chosen == "padded":
         changed, config = padded(model, sites, held)

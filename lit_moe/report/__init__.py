@@ -9,5 +9,7 @@ from lit_moe.report.schema import Calibration as Calibration
 from lit_moe.report.schema import Change as Change
 from lit_moe.report.schema import Export as Export
 from lit_moe.report.schema import LayerExperts as LayerExperts
+from lit_moe.report.schema import RoundReport as RoundReport
 from lit_moe.report.schema import RunReport as RunReport
+from lit_moe.report.schema import installed_versions as installed_versions
 from lit_moe.report.table import summary_table as summary_table

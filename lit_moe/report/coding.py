@@ -16,14 +16,15 @@ from lit_moe.errors import LitMoEError
 
 def to_plain(tree: Any) -> dict[str, Any]:
     """Return a dataclass as dicts, lists and scalars; numbers that JSON lacks become strings."""
-    return _plain(dataclasses.asdict(tree))
+    return plain_values(dataclasses.asdict(tree))
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """Return dicts and lists as JSON can hold them; numbers that it lacks become strings."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_values(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_values(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -23,10 +23,12 @@ def to_markdown(report: RunReport, *, figures: Sequence[str] = ()) -> str:
         _warnings(report),
         _choice(report),
         _merging(report),
+        _search(report),
         _sparsity(report),
         _refit(report),
         "\n".join(f"![{name}]({name})\n" for name in figures),
         _layers(report),
+        _rounds(report),
         _seconds(report),
         _environment(report),
     ]
@@ -132,6 +134,24 @@ def _merging(report: RunReport) -> str:
     return "## Merged experts\n\n" + "\n".join(lines) + f"\n\n{table}\n{images}"
 
 
+def _search(report: RunReport) -> str:
+    search = report.search
+    if search is None:
+        return ""
+    changes = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in search.counts.items())
+    lines = [
+        f"- {search.evaluations:,} candidates, fitness {search.fitness}, then {search.finer}",
+        f"- experts per layer: {changes}; router maps act on {search.router_space}",
+        f"- every evaluation: `{search.history}`",
+    ]
+    if search.active_experts is not None:
+        lines.append(f"- dynamic skipping uses {search.active_experts:.2f} experts per token")
+    lines += [f"- {note}" for note in search.notes]
+    sizes = [f"{name} ({num})" for name, num in search.samples.items()]
+    table = _table(["points", *sizes], search.lines)
+    return "## Evolutionary search\n\n" + "\n".join(lines) + f"\n\n{table}"
+
+
 def _refit(report: RunReport) -> str:
     refit = report.refit
     if refit is None:
@@ -177,6 +197,23 @@ def _layers(report: RunReport) -> str:
     if not rows:
         return ""
     return "## Experts kept\n\n" + _table(["layer", "before", "kept", "ids"], rows)
+
+
+def _rounds(report: RunReport) -> str:
+    if len(report.rounds) < 2:
+        return ""
+    rows = [
+        [
+            str(r.round),
+            str(r.experts),
+            f"{r.step:,}",
+            f"{r.tokens_before:,}",
+            _number(r.load_cv),
+        ]
+        for r in report.rounds
+    ]
+    head = ["round", "experts left", "at step", "tokens trained on before", "load CV before"]
+    return "## Rounds\n\n" + _table(head, rows)
 
 
 def _seconds(report: RunReport) -> str:

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import lit_moe
 from lit_moe.evaluate import Quality, TaskQuality
+from lit_moe.evaluate.images import ImageQuality
 from lit_moe.grouping.report import MergeReport
 from lit_moe.plan import KeepPlan
 from lit_moe.refit.report import RefitReport
 from lit_moe.report.coding import from_plain, to_plain
+from lit_moe.search.report import SearchReport
 from lit_moe.sparsity.report import SparsityReport
 
 PACKAGES = ("torch", "transformers", "lightning", "deepspeed", "numpy")
@@ -69,6 +71,26 @@ class Export:
 
 
 @dataclass
+class RoundReport:
+    """One round of dropping.
+
+    Attributes:
+        round: from 1.
+        step: of training at which it was.
+        tokens_before: that were trained on before it, on all ranks.
+        experts: routed experts of all layers that stayed.
+        load_cv: standard deviation over mean of the tokens per expert just before it, mean over
+            layers; None if nothing was observed.
+    """
+
+    round: int
+    step: int
+    tokens_before: int
+    experts: int
+    load_cv: float | None = None
+
+
+@dataclass
 class RunReport:
     """Everything a run knows about what it did; grows while the run goes on.
 
@@ -87,15 +109,18 @@ class RunReport:
         active_parameters: without the routed experts that one token is not sent to.
         bytes: of parameters and buffers in memory.
         experts: layer -> experts before and kept.
+        rounds: of dropping, if experts went in rounds.
         unrouted: layer -> experts that saw no token during calibration; only layers with some.
         protected: layer -> experts that were kept whatever their score; only layers with some.
         shared_experts: what happened to experts that every token uses.
         refit: what the closed-form refit did, None if there was none.
         sparsity: zeros among the weights of experts, None if none were asked for.
         merging: which experts were merged, None if none were asked for.
+        search: how an evolutionary search went, None if there was none.
         quality: stage (``before``, ``pruned``, ``thinned`` where weights went after experts,
             ``refitted``, ``recovered``) -> quality, in order.
         tasks: stage -> ``0-shot``, ``5-shot``, ... -> right answers; empty without a task.
+        images: stage -> how well images are classified; empty for language models.
         export: the exported folder, None if there is none.
         warnings: sentences that a reader of the numbers must know.
     """
@@ -113,14 +138,17 @@ class RunReport:
     active_parameters: Change = field(default_factory=Change)
     bytes: Change = field(default_factory=Change)
     experts: dict[str, LayerExperts] = field(default_factory=dict)
+    rounds: list[RoundReport] = field(default_factory=list)
     unrouted: dict[str, list[int]] = field(default_factory=dict)
     protected: dict[str, list[int]] = field(default_factory=dict)
     shared_experts: str = "not scored, not removed"
     refit: RefitReport | None = None
     sparsity: SparsityReport | None = None
     merging: MergeReport | None = None
+    search: SearchReport | None = None
     quality: dict[str, Quality] = field(default_factory=dict)
     tasks: dict[str, dict[str, TaskQuality]] = field(default_factory=dict)
+    images: dict[str, ImageQuality] = field(default_factory=dict)
     export: Export | None = None
     warnings: list[str] = field(default_factory=list)
 

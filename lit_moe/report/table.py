@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rich.table import Table
 
 from lit_moe.evaluate import Quality, TaskQuality
+from lit_moe.evaluate.images import ImageQuality
 from lit_moe.quantities import count, size, with_error
 from lit_moe.report.schema import Change, RunReport
 
@@ -26,8 +27,8 @@ def summary_table(report: RunReport) -> Table:
 
 def stages(report: RunReport) -> list[str]:
     """Return the stages of a report in order; a run without evaluation still has two."""
-    if report.quality:
-        return list(report.quality)
+    if report.quality or report.images:
+        return list(report.quality or report.images)
     return [FIRST_STAGE, "after"] if report.experts else [FIRST_STAGE]
 
 
@@ -38,6 +39,7 @@ def summary_rows(report: RunReport) -> list[tuple[str, list[str]]]:
         ("perplexity", _quality_cells(report, lambda q: with_error(q.perplexity, q.stderr))),
         ("bits per byte", _quality_cells(report, lambda q: f"{q.bits_per_byte:.3f}")),
         *_task_rows(report),
+        ("accuracy", [_accuracy(report.images.get(stage)) for stage in names]),
         ("parameters", _size_cells(report.parameters, names, count)),
         ("active parameters", _size_cells(report.active_parameters, names, count)),
         ("bytes in memory", _size_cells(report.bytes, names, size)),
@@ -70,6 +72,10 @@ def _chosen(quality: TaskQuality | None) -> str:
     if quality is None or quality.choice_accuracy is None:
         return "-"
     return with_error(quality.choice_accuracy, quality.choice_stderr or 0.0)
+
+
+def _accuracy(quality: ImageQuality | None) -> str:
+    return "-" if quality is None else with_error(quality.accuracy, quality.stderr)
 
 
 def _size_cells(change: Change, names: list[str], show: Callable[[float | None], str]) -> list[str]:

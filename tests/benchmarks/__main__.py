@@ -13,6 +13,7 @@ BENCHMARKS = (
     "mc_suite",
     "sparsity",
     "refit",
+    "search",
 )
 RESULTS = Path(__file__).parent / "results"
 

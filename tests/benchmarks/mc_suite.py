@@ -1,17 +1,24 @@
 """All of MC-Suite's criteria of one kind at once, against the plain pass that they share.
 
-``python -m tests.benchmarks.mc_suite [TOKENS]`` runs it on fewer tokens.
+And the map of single experts against as many whole forwards.
+``python -m tests.benchmarks.mc_suite [TOKENS]`` runs it on fewer tokens; ``... ablation`` only the
+second part.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 import lit_moe
+from lit_moe.adapters import adapter_for, find_sites
+from lit_moe.compare import ablation_map
+from lit_moe.distill.losses import next_token_nll
+from lit_moe.models import build_model
 from lit_moe.stats import GATHERABLE, observe, observe_gradients
 from tests.benchmarks.calibration import DTYPES, SHAPES, Batches, _model
 from tests.benchmarks.timing import interleaved, markdown
@@ -21,6 +28,7 @@ FORWARD = ("euf", "ecc", "evtc", "ets", "eas", "eae", "eao", "ean")
 BACKWARD = ("egs", "ege", "ego", "egn")
 ROWS, LENGTH = 4, 512
 TOKENS = 16_384
+ABLATION_TOKENS = 2_048
 
 
 def run(tokens: int = TOKENS, pairs: int = 5) -> str:
@@ -41,7 +49,45 @@ def run(tokens: int = TOKENS, pairs: int = 5) -> str:
         "ratio",
         "4 criteria of weights",
     ]
+    return markdown(header, rows) + "\n\n" + run_ablation()
+
+
+def run_ablation(pairs: int = 3) -> str:
+    torch.set_num_threads(2)
+    models = {
+        "embedded: 4 layers, 16 experts": build_model("embedded", dtype="float32"),
+        "hidden 512: 6 layers, 8 experts": _model("8 experts, top-2", "fp32"),
+    }
+    rows = []
+    for name, model in models.items():
+        batches = _batches(ABLATION_TOKENS)
+        naive, cached, ratio = interleaved(
+            partial(_naive_map, model, batches),
+            partial(ablation_map, model, batches),
+            pairs=pairs,
+        )
+        rows.append([name, f"{naive:.1f} s", f"{cached:.1f} s", f"{ratio:.3f}"])
+    header = [
+        f"loss without each expert, {ABLATION_TOKENS:,} tokens",
+        "whole forwards",
+        "from the changed layer on",
+        "ratio",
+    ]
     return markdown(header, rows)
+
+
+@torch.no_grad()
+def _naive_map(model: PreTrainedModel, batches: Batches) -> None:
+    adapter = adapter_for(model.config)
+    for site in find_sites(model):
+        for expert in range(site.num_experts):
+            keep = [e for e in range(site.num_experts) if e != expert]
+            mask = adapter.mask_(model, site, keep)
+            for inputs in batches:
+                logits = model(**inputs, use_cache=False).logits
+                ids = inputs["input_ids"]
+                next_token_nll(logits, ids, torch.ones_like(ids)).double().sum()
+            mask.remove()
 
 
 def _measure(shape: str, dtype: str, tokens: int, pairs: int) -> list[str]:
@@ -102,4 +148,7 @@ def _cells(times: tuple[float, float, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(run(int(sys.argv[1]) if sys.argv[1:] else TOKENS, pairs=3))
+    if sys.argv[1:] == ["ablation"]:
+        print(run_ablation())
+    else:
+        print(run(int(sys.argv[1]) if sys.argv[1:] else TOKENS, pairs=3))

@@ -19,7 +19,8 @@ TASK = {"max_steps": 6, "enable_checkpointing": True, "distillation": 0.5}
 def plan(checkpoint, tmp_path_factory):
     """A plan that mixes four experts of eight, and their probabilities otherwise."""
     generator = torch.Generator().manual_seed(0)
-    experts, routers = {}, {}
+    experts: dict[str, torch.Tensor] = {}
+    routers: dict[str, torch.Tensor] = {}
     for site in find_sites(load(checkpoint)):
         for each in (experts, routers):
             noise = torch.randn(4, site.num_experts, generator=generator)

@@ -1,0 +1,298 @@
+"""Evolutionary search for experts to keep and to merge, at fit start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.progress import Progress as ProgressBar
+from transformers import PreTrainedModel
+
+from lit_moe.callbacks.base import ExpertPruning, source_of
+from lit_moe.callbacks.calibration import calibration_share
+from lit_moe.callbacks.evolution_parts import (
+    Search,
+    check_baselines,
+    measure_baselines,
+    plan_of,
+)
+from lit_moe.callbacks.evolution_view import LiveView
+from lit_moe.callbacks.merge import ExpertMerging
+from lit_moe.callbacks.report import report_writer
+from lit_moe.errors import LitMoEError, PlanError
+from lit_moe.merge_plan import MergePlan
+from lit_moe.merging import apply_plan
+from lit_moe.module import MoEModule
+from lit_moe.partitions import is_partitioned
+from lit_moe.plan import KeepPlan
+from lit_moe.plans import Plan, plan_from_dict
+from lit_moe.projection import project_routers
+from lit_moe.search.evolution import Evolution, Problem
+from lit_moe.search.fitness import Fitness, NegativeLoss, RowFitness
+from lit_moe.search.genome import Genome, one_hot
+from lit_moe.search.history import History, Line
+from lit_moe.search.live import LiveModel
+from lit_moe.search.options import Effort, Racing, Rates, SearchSpace
+from lit_moe.search.report import SearchReport
+from lit_moe.search.run import Outcome, SearchRun
+from lit_moe.search.samples import SampleSizes, splits_of
+from lit_moe.search.scoring import Measures, ModelEvaluator, SplitScorer
+from lit_moe.search.space import fingerprint, problem_of
+from lit_moe.selection.budget import parse_bytes
+
+HISTORY_NAME, PLAN_NAME = "search.jsonl", "plan.json"
+
+
+class EvolutionarySearch(Callback):
+    """Searches for which experts stay and how they are merged, without gradients, at fit start.
+
+    EEP (arXiv 2407.00945): candidates are masks and maps on the live model, evaluated by forward
+    passes alone, one generation after the other, right after the model is built and before any
+    strategy wraps it. The best is applied; training, if there is any, begins with it. Several ranks
+    share the candidates of a generation and make the same history as one.
+
+    A run that was killed goes on where its history ends when it is started again: give it the same
+    ``trainer.default_root_dir``.
+
+    Args:
+        space: what is searched for.
+        fitness: what a candidate is worth on the samples.
+        finer: decides between equally fit candidates; None for the negative loss.
+        effort: how many candidates.
+        rates: chances of variation.
+        racing: stop the worse half of each generation early; None for never.
+        samples: of each split.
+        warm_start: plan files, or names of criteria whose choice the search begins with.
+        baselines: names of criteria, or ``dynamic_skipping``, measured on the same samples.
+        project: turn routers that mix probabilities into plain ones afterwards.
+        memory: hidden states kept per split, and merged experts: each at most so many bytes.
+        history: file; None for ``search.jsonl`` in ``trainer.default_root_dir``.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        fitness: Fitness | None = None,
+        finer: RowFitness | None = None,
+        effort: Effort | None = None,
+        rates: Rates | None = None,
+        racing: Racing | None = None,
+        samples: SampleSizes | None = None,
+        warm_start: list[str] | None = None,
+        baselines: list[str] | None = None,
+        project: bool = False,
+        memory: str = "512MiB",
+        history: str | None = None,
+    ) -> None:
+        self.space = space
+        self.fitness = fitness or NegativeLoss()
+        self.finer = finer or NegativeLoss()
+        self.effort, self.rates, self.racing = effort or Effort(), rates or Rates(), racing
+        self.samples = samples or SampleSizes()
+        self.warm_start, self.baselines = warm_start or [], baselines or []
+        self.project = project
+        self.memory = parse_bytes(memory)
+        self.history = history
+
+    def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
+        """Before the model is built. Refuses a second plan."""
+        report_writer(trainer)
+        kinds = (ExpertPruning, ExpertMerging, EvolutionarySearch)
+        others = [c for c in trainer.callbacks if isinstance(c, kinds) and c is not self]  # type: ignore[attr-defined]
+        if stage == "fit" and others:
+            raise LitMoEError(
+                f"EvolutionarySearch and {type(others[0]).__name__} are both given, but a run "
+                "keeps one plan: use the other's plan file as warm_start, or take one of the two"
+            )
+
+    def on_model_built(self, trainer: Trainer, module: MoEModule) -> None:
+        """When the model is built and nothing wraps it yet. Searches, and applies the best.
+
+        Only in a fit. Collective: every rank must call it.
+
+        Raises:
+            LitMoEError: for a space that the model cannot serve, empty or overlapping splits, or a
+                history of another search, before anything is evaluated.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        writer, model = report_writer(trainer), module.built_model
+        writer.on_model_built(trainer, module)
+        plan = module.checkpoint_plan()
+        if plan is not None:
+            self._resume(module, plan)
+            return
+        module.to(trainer.strategy.root_device)
+        search = self._prepared(trainer, module)
+        if "before" not in writer.report.quality:
+            writer.measure(trainer, module, "before")
+        with writer.phase("search"):
+            outcome, report = self._searched(trainer, module, search)
+        writer.report.search = report
+        search.live.cache.clear()
+        best = search.live.final_plan(outcome.best.genome, top_k=self.space.top_k)
+        best = self._projected(trainer, model, best, report)
+        self._apply(trainer, module, best)
+        self._measure_applied(module, search, report)
+        writer.write()
+        writer.measure(trainer, module, "pruned" if isinstance(best, KeepPlan) else "merged")
+
+    def _resume(self, module: MoEModule, plan: Plan) -> None:
+        """Give the model the shapes of the checkpoint, whose weights are loaded later."""
+        asked = problem_of(module.built_model, self.space)
+        total = sum(plan.counts.values())
+        if asked.total(asked.counts) != total:
+            raise PlanError(
+                f"checkpoint {module.resume_from} has {total} routed experts, this run searches "
+                f"for {asked.total(asked.counts)}: resume with the space of that run, or begin a "
+                "new one in another trainer.default_root_dir"
+            )
+        apply_plan(module.built_model, plan)
+        module.plan = plan
+
+    def _prepared(self, trainer: Trainer, module: MoEModule) -> Search:
+        """Return everything that is evaluated on, refused early if it does not fit."""
+        model = module.built_model
+        if is_partitioned(model):
+            raise LitMoEError(
+                "EvolutionarySearch needs the whole model on each rank, but the strategy loads it "
+                "in shares: set shard_on_load: false in trainer.strategy.init_args"
+            )
+        problem = problem_of(model, self.space)  # refused before any text is read
+        check_baselines(model, self.baselines, problem)
+        splits = splits_of(getattr(trainer, "datamodule", None), self.samples)
+        plans = {
+            name: plan_of(name, trainer, module, problem) for name in dict.fromkeys(self.warm_start)
+        }
+        problem = problem_of(model, self.space, [plans[name] for name in self.warm_start])
+        live = LiveModel(
+            model,
+            problem.groups,
+            router_space=self.space.router_space,
+            cache_bytes=self.memory,
+            merges=self._merges(problem),
+        )
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        measures = Measures(self.fitness, self.finer, self.samples.batch_size, self.memory)
+        scorers = {k: SplitScorer(live, v, measures, tokenizer) for k, v in splits.items()}
+        return Search(problem, live, splits, measures, scorers, plans, tokenizer)
+
+    def _merges(self, problem: Problem) -> bool:
+        """Whether there is a continuous phase."""
+        return self.effort.total > self.effort.discrete or problem.drops_nothing
+
+    def _searched(
+        self, trainer: Trainer, module: MoEModule, search: Search
+    ) -> tuple[Outcome, SearchReport]:
+        report = self._begun_report(search)
+        for scorer in search.scorers.values():
+            scorer.learn_whole()
+        report.stages["before"] = search.points(None)
+        evolution = Evolution(search.problem, self.rates, self.effort)
+        evaluator = ModelEvaluator(search.scorers, search.live, top_k=self.space.top_k)
+        history, path = self._history(trainer, module, search)
+        with ProgressBar(disable=not trainer.is_global_zero, transient=True) as bar:
+            view = LiveView(trainer, bar, evolution.effort.total)
+            run = SearchRun(evolution, evaluator, history, racing=self.racing, watch=view.show)
+            outcome = run.run()
+        self._finish_report(report, search, outcome, history)
+        report.history = str(path)
+        report.seconds = run.seconds
+        measure_baselines(trainer, module, search, self.baselines, report)
+        return outcome, report
+
+    def _history(self, trainer: Trainer, module: MoEModule, search: Search) -> tuple[History, Path]:
+        """Return what is on record, the same on all ranks; only the first writes. Collective."""
+        path = Path(self.history or Path(trainer.default_root_dir) / HISTORY_NAME)
+        options = {
+            name: str(getattr(self, name))
+            for name in ("space", "effort", "rates", "racing", "samples", "warm_start")
+        }
+        measures = {"fitness": self.fitness.name, "finer": self.finer.name}
+        starts = {"start": [genome.key for genome in search.problem.start]}
+        samples = {name: data.identities() for name, data in search.splits.items()}
+        key = fingerprint(module.built_model, {**options, **measures, **starts}, samples)
+        opened: Any = None
+        if trainer.is_global_zero:
+            try:
+                opened = History.open(path, key)
+            except LitMoEError as error:
+                opened = error
+        lines = opened.lines if isinstance(opened, History) else opened
+        plain = [line.to_dict() for line in lines] if isinstance(lines, list) else lines
+        agreed = trainer.strategy.broadcast(plain)
+        if isinstance(agreed, LitMoEError):
+            raise agreed
+        if isinstance(opened, History):
+            return opened, path
+        return History(key, [Line.from_dict(line) for line in agreed]), path
+
+    def _begun_report(self, search: Search) -> SearchReport:
+        problem = search.problem
+        return SearchReport(
+            self.fitness.name,
+            self.finer.name,
+            groups={group.name: list(group.layers) for group in problem.groups},
+            router_space=self.space.router_space,
+            top_k=self.space.top_k,
+            samples={name: scorer.num_samples for name, scorer in search.scorers.items()},
+        )
+
+    def _finish_report(
+        self, report: SearchReport, search: Search, outcome: Outcome, history: History
+    ) -> None:
+        stages = {"merged": outcome.best} if self._merges(search.problem) else {}
+        if outcome.pruned is not None and not search.problem.drops_nothing:
+            stages = {"pruned": outcome.pruned, **stages}
+        with search.live.active(self.space.top_k):
+            if self.space.top_k is not None:
+                genome = _everyone(search.problem)
+                report.stages["untouched"] = search.points(genome)
+            for name, individual in stages.items():
+                report.stages[name] = search.points(individual.genome)
+        counts = zip(search.problem.groups, outcome.best.genome.counts, strict=True)
+        report.counts = {group.name: [group.num_experts, n] for group, n in counts}
+        report.evaluations = outcome.evaluations
+        report.on_record = history.num_on_record
+        report.regret = outcome.mean_regret
+        report.notes = list(outcome.notes)
+
+    def _projected(
+        self, trainer: Trainer, model: PreTrainedModel, plan: Plan, report: SearchReport
+    ) -> Plan:
+        if not self.project or not isinstance(plan, MergePlan) or plan.router_space == "rows":
+            return plan
+        projected, losses = project_routers(model, plan, calibration_share(trainer))
+        report.projection = {name: loss.other_choices for name, loss in losses.items()}
+        return projected
+
+    def _apply(self, trainer: Trainer, module: MoEModule, plan: Plan) -> None:
+        writer = report_writer(trainer)
+        plan = plan.made_for(family=plan.family, source=source_of(module))
+        plan = plan_from_dict(trainer.strategy.broadcast(plan.to_dict()))
+        with writer.phase("apply"):
+            apply_plan(module.built_model, plan)
+        module.plan = plan
+        if isinstance(plan, KeepPlan):
+            writer.report.record_plan(plan)
+            writer.report.criterion = f"evolutionary search, {self.fitness.name}"
+        writer.count(module, "after")
+        if trainer.is_global_zero:
+            writer.folder.mkdir(parents=True, exist_ok=True)
+            plan.save(writer.folder / PLAN_NAME)
+
+    def _measure_applied(self, module: MoEModule, search: Search, report: SearchReport) -> None:
+        """Measure the model that the run goes on with, unless it is to agree with the whole one."""
+        rows = (self.fitness, self.finer)
+        if any(isinstance(m, RowFitness) and m.needs_whole for m in rows):
+            return
+        live = LiveModel(module.built_model, (), merges=False)
+        report.stages["applied"] = {
+            name: search.fresh_scorer(name, live).points() for name in search.splits
+        }
+
+
+def _everyone(problem: Problem) -> Genome:
+    return Genome(tuple(one_hot(range(g.num_experts), g.num_experts) for g in problem.groups))

@@ -1,0 +1,177 @@
+"""V-MoE checkpoints of the JAX code (google-research/vmoe) as ours.
+
+Kernels there are stored (in, out), attention by head, images channels last. D hidden, E experts,
+I neurons.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_moe.errors import LitMoEError
+from lit_moe.vmoe.configuration import VMoEConfig
+from lit_moe.vmoe.modeling import VMoEForImageClassification
+
+Change = Callable[[Tensor], Tensor]
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def _transposed(value: Tensor) -> Tensor:
+    return value.transpose(-1, -2)
+
+
+def _to_heads(value: Tensor) -> Tensor:
+    """From (D, heads, width) to (heads * width, D)."""
+    return value.flatten(1).T
+
+
+def _from_heads(value: Tensor) -> Tensor:
+    """From (heads, width, D) to (D, heads * width)."""
+    return value.flatten(0, 1).T
+
+
+def _channels_first(value: Tensor) -> Tensor:
+    return value.permute(3, 2, 0, 1)
+
+
+_TOP: dict[str, tuple[str, Change]] = {
+    "cls": ("vit.embeddings.cls_token", _same),
+    "embedding/kernel": ("vit.embeddings.patch_embeddings.projection.weight", _channels_first),
+    "embedding/bias": ("vit.embeddings.patch_embeddings.projection.bias", _same),
+    "Encoder/posembed_input/pos_embedding": ("vit.embeddings.position_embeddings", _same),
+    "Encoder/encoder_norm/scale": ("vit.layernorm.weight", _same),
+    "Encoder/encoder_norm/bias": ("vit.layernorm.bias", _same),
+    "head/kernel": ("classifier.weight", _transposed),
+    "head/bias": ("classifier.bias", _same),
+}
+_BLOCK: dict[str, tuple[str, Change]] = {
+    "LayerNorm_0/scale": ("layernorm_before.weight", _same),
+    "LayerNorm_0/bias": ("layernorm_before.bias", _same),
+    "LayerNorm_1/scale": ("layernorm_after.weight", _same),
+    "LayerNorm_1/bias": ("layernorm_after.bias", _same),
+    "SelfAttention/out/kernel": ("attention.o_proj.weight", _from_heads),
+    "SelfAttention/out/bias": ("attention.o_proj.bias", _same),
+    "Mlp/Dense_0/kernel": ("mlp.fc1.weight", _transposed),
+    "Mlp/Dense_0/bias": ("mlp.fc1.bias", _same),
+    "Mlp/Dense_1/kernel": ("mlp.fc2.weight", _transposed),
+    "Mlp/Dense_1/bias": ("mlp.fc2.bias", _same),
+    "Moe/Router/dense/kernel": ("mlp.router.weight", _transposed),
+    "Moe/Mlp/Dense_0/kernel": ("mlp.experts.up_proj", _transposed),
+    "Moe/Mlp/Dense_0/bias": ("mlp.experts.up_proj_bias", _same),
+    "Moe/Mlp/Dense_1/kernel": ("mlp.experts.down_proj", _transposed),
+    "Moe/Mlp/Dense_1/bias": ("mlp.experts.down_proj_bias", _same),
+}
+for _long, _short in (("query", "q"), ("key", "k"), ("value", "v")):
+    _BLOCK[f"SelfAttention/{_long}/kernel"] = (f"attention.{_short}_proj.weight", _to_heads)
+    _BLOCK[f"SelfAttention/{_long}/bias"] = (f"attention.{_short}_proj.bias", Tensor.flatten)
+_IN_BLOCK = re.compile(r"Encoder/encoderblock_(\d+)/(.+)")
+
+
+def vmoe_from_npz(
+    path: str | Path, *, num_experts_per_tok: int = 2, **fields: Any
+) -> VMoEForImageClassification:
+    """Return the model in a JAX checkpoint; all sizes are read from the shapes.
+
+    Args:
+        path: npz file with names as ``Encoder/encoderblock_1/Moe/Mlp/Dense_0/kernel``, maybe behind
+            a common prefix as ``params/``.
+        num_experts_per_tok: experts per token, which the file does not say.
+        **fields: further fields of ``VMoEConfig``, such as ``eval_capacity_factor``.
+
+    Returns:
+        A model in evaluation mode, fp32. Without a head in the file the classifier is random.
+
+    Raises:
+        LitMoEError: if the file cannot be read, is no V-MoE, or holds or lacks a tensor.
+    """
+    arrays = _read(Path(path))
+    config = _config_of(arrays, path, {"num_experts_per_tok": num_experts_per_tok, **fields})
+    model = VMoEForImageClassification._from_config(config, dtype=torch.float32)
+    state = model.state_dict()
+    found = {}
+    for name, array in arrays.items():
+        own, change = _our_name(name)
+        if own not in state:
+            raise LitMoEError(
+                f"{path} holds {name}, which a V-MoE of this code has no place for; known are "
+                "checkpoints with a class token and without pre_logits"
+            )
+        value = change(torch.from_numpy(np.array(array)).float())
+        if value.shape != state[own].shape:
+            raise LitMoEError(
+                f"{path} holds {name} of shape {tuple(array.shape)}, but its other tensors ask for "
+                f"{tuple(state[own].shape)} as {own}"
+            )
+        found[own] = value
+    missing = sorted(state.keys() - found.keys() - {"classifier.weight", "classifier.bias"})
+    if missing:
+        raise LitMoEError(f"{path} lacks what becomes {missing[0]} and {len(missing) - 1} others")
+    model.load_state_dict(found, strict=False)
+    return model.eval()
+
+
+def _our_name(name: str) -> tuple[str, Change]:
+    found = _IN_BLOCK.fullmatch(name)
+    if found is None:
+        return _TOP.get(name, ("", _same))
+    own, change = _BLOCK.get(found.group(2), ("", _same))
+    return f"vit.layers.{found.group(1)}.{own}", change
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Return all arrays by name, without a prefix that they share."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise LitMoEError(f"{path} is no npz file that could be read: {error}") from error
+    prefixes = {name.partition("Encoder/")[0] for name in arrays if "Encoder/" in name}
+    if len(prefixes) != 1:
+        raise LitMoEError(f"{path} is no V-MoE checkpoint: it has no one `Encoder/` of tensors")
+    prefix = prefixes.pop()
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _config_of(
+    arrays: Mapping[str, np.ndarray], path: str | Path, fields: Mapping[str, Any]
+) -> VMoEConfig:
+    routers = {int(n.split("_")[1].split("/")[0]): n for n in arrays if "Moe/Router/" in n}
+    needed = ("cls", "embedding/kernel", "Encoder/posembed_input/pos_embedding")
+    for name in needed:
+        if name not in arrays or not routers:
+            what = name if routers else "Moe/Router/dense/kernel"
+            raise LitMoEError(f"{path} has no {what}, so it is no V-MoE that can be read here")
+    blocks = {int(m.group(1)) for m in map(_IN_BLOCK.fullmatch, arrays) if m}
+    patch, _, channels, hidden = arrays["embedding/kernel"].shape
+    side = math.isqrt(arrays[needed[2]].shape[1] - 1)
+    first = f"Encoder/encoderblock_{min(routers)}"
+    _, heads, _ = arrays[f"{first}/SelfAttention/query/kernel"].shape
+    num_experts, _, width = arrays[f"{first}/Moe/Mlp/Dense_0/kernel"].shape
+    dense = [v.shape[1] for k, v in arrays.items() if re.search(r"\d/Mlp/Dense_0/kernel", k)]
+    labels = {"num_labels": arrays["head/bias"].shape[0]} if "head/bias" in arrays else {}
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": heads,
+        "intermediate_size": dense[0] if dense else width,
+        "moe_intermediate_size": width,
+        "image_size": side * patch,
+        "patch_size": patch,
+        "num_channels": channels,
+        "num_experts": num_experts,
+        "moe_layers": sorted(routers),
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    }
+    return VMoEConfig(**{**sizes, **labels, **fields})

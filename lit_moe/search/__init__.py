@@ -1,0 +1,33 @@
+"""Evolutionary search for which experts stay and how they are merged (EEP, arXiv 2407.00945)."""
+
+from lit_moe.search.evolution import Child as Child
+from lit_moe.search.evolution import Evolution as Evolution
+from lit_moe.search.evolution import Generation as Generation
+from lit_moe.search.evolution import Problem as Problem
+from lit_moe.search.fitness import Agreement as Agreement
+from lit_moe.search.fitness import AnswerTokens as AnswerTokens
+from lit_moe.search.fitness import ChoiceAccuracy as ChoiceAccuracy
+from lit_moe.search.fitness import Fitness as Fitness
+from lit_moe.search.fitness import NegativeLoss as NegativeLoss
+from lit_moe.search.fitness import RowFitness as RowFitness
+from lit_moe.search.fitness import WrittenAnswers as WrittenAnswers
+from lit_moe.search.genome import Genome as Genome
+from lit_moe.search.genome import Maps as Maps
+from lit_moe.search.genome import genome_of_plan as genome_of_plan
+from lit_moe.search.genome import one_hot as one_hot
+from lit_moe.search.groups import LayerGroup as LayerGroup
+from lit_moe.search.groups import group_layers as group_layers
+from lit_moe.search.history import History as History
+from lit_moe.search.live import LiveModel as LiveModel
+from lit_moe.search.options import Effort as Effort
+from lit_moe.search.options import Racing as Racing
+from lit_moe.search.options import Rates as Rates
+from lit_moe.search.options import SearchSpace as SearchSpace
+from lit_moe.search.population import Score as Score
+from lit_moe.search.run import Outcome as Outcome
+from lit_moe.search.run import SearchRun as SearchRun
+from lit_moe.search.scoring import Measures as Measures
+from lit_moe.search.scoring import ModelEvaluator as ModelEvaluator
+from lit_moe.search.scoring import SplitData as SplitData
+from lit_moe.search.scoring import SplitScorer as SplitScorer
+from lit_moe.search.scoring import check_splits as check_splits

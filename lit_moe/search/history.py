@@ -1,0 +1,161 @@
+"""What was evaluated, one line each, written so that a kill loses at most the line in work."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_moe.errors import LitMoEError
+from lit_moe.search.population import Score
+
+FORMAT = "lit-moe/search/1"
+_ASKED = ("split", "samples", "genome", "draws")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One evaluation.
+
+    Attributes:
+        split: ``search``, ``dev`` or ``test``.
+        samples: so many samples of the split, the first ones.
+        genome: key of the candidate.
+        draws: state of the search's generator.
+        score: what was found.
+        details: generation, phase, parents, seconds and so on, for readers of the table.
+    """
+
+    split: str
+    samples: int
+    genome: str
+    draws: Mapping[str, str]
+    score: Score
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; a fitness that is no number is null."""
+        asked = {name: getattr(self, name) for name in _ASKED}
+        found = {"fitness": _plain(self.score.fitness), "finer": _plain(self.score.finer)}
+        return {**self.details, **asked, **found}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Line:
+        """Inverse of :meth:`to_dict`."""
+        score = Score(_number(data["fitness"]), _number(data["finer"]))
+        known = {*_ASKED, "fitness", "finer"}
+        details = {name: value for name, value in data.items() if name not in known}
+        split, samples, genome, draws = (data[name] for name in _ASKED)
+        return cls(split, samples, genome, draws, score, details)
+
+
+class History:
+    """The lines of a search, and the file that they are in.
+
+    A search that goes on asks for the same evaluations in the same order; what is on record is
+    not evaluated again.
+
+    Args:
+        fingerprint: what the numbers depend on: model, samples, options.
+        lines: what is on record.
+        path: where new lines go; None for nowhere (another rank writes).
+    """
+
+    def __init__(
+        self, fingerprint: str, lines: Sequence[Line] = (), path: Path | None = None
+    ) -> None:
+        self.fingerprint = fingerprint
+        self.lines = list(lines)
+        self.num_on_record = len(self.lines)
+        """Lines that were there when it was opened."""
+        self._path = path
+        self._next = 0
+
+    @classmethod
+    def open(cls, path: Path, fingerprint: str) -> History:
+        """Read a file, or begin it. A line that a kill cut off is dropped.
+
+        Raises:
+            LitMoEError: if the file is of another search, or none at all.
+        """
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _append(path, {"format": FORMAT, "fingerprint": fingerprint})
+            return cls(fingerprint, (), path)
+        whole = _whole_lines(path)
+        if not whole:
+            path.unlink()
+            return cls.open(path, fingerprint)
+        try:
+            header, *records = [json.loads(text) for text in whole]
+            found = header["format"], header["fingerprint"]
+            lines = [Line.from_dict(record) for record in records]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise LitMoEError(f"{path} is no history of a search ({error!r})") from error
+        if found != (FORMAT, fingerprint):
+            raise LitMoEError(
+                f"{path} is the history of another search (model, samples or options differ): "
+                "name another file in history, or remove it to begin anew"
+            )
+        return cls(fingerprint, lines, path)
+
+    def recorded(
+        self, split: str, samples: int, genome: str, draws: Mapping[str, str]
+    ) -> Line | None:
+        """Return the next line of the record, which must be of this evaluation; None at its end.
+
+        Raises:
+            LitMoEError: if the record goes on with something else.
+        """
+        if self._next >= len(self.lines):
+            return None
+        line = self.lines[self._next]
+        asked = (split, samples, genome, dict(draws))
+        if (line.split, line.samples, line.genome, dict(line.draws)) != asked:
+            raise LitMoEError(
+                f"line {self._next + 2} of the history was written by another search: it has "
+                f"{line.genome} on {line.samples} samples of {line.split}, this one comes to "
+                f"{genome} on {samples} of {split}; remove the history to begin anew"
+            )
+        self._next += 1
+        return line
+
+    def add(self, line: Line) -> None:
+        """Put a line on record; on the disk when this returns."""
+        self.lines.append(line)
+        self._next += 1
+        if self._path is not None:
+            _append(self._path, line.to_dict())
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Return the lines that were written to their end, and cut off what comes after them."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        with path.open("r+b") as file:
+            file.truncate(end)
+            os.fsync(file.fileno())
+    try:
+        return data[:end].decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise LitMoEError(f"{path} is no history of a search ({error})") from error
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return -math.inf if value is None else float(value)

@@ -1,0 +1,146 @@
+"""Samples as rows of tokens that stay the same for all candidates.
+
+B rows in a batch, S tokens, V vocabulary, N samples in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_moe.distill.losses import next_token_nll
+from lit_moe.distill.step import IGNORED
+from lit_moe.evaluate.prompts import PromptTemplate, TaskItem
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Some samples, each of one row or of one row per choice.
+
+    Attributes:
+        input_ids: shape ``(B, S)``, padded on the right.
+        attention_mask: 1 where a token is no padding.
+        labels: tokens that are to be predicted, -100 elsewhere.
+        sample: index of the row's sample in the batch, ascending, shape ``(B,)``.
+        is_right: whether the row is what should be likely, shape ``(B,)``; one per sample.
+        num_bytes: of the text that is to be predicted, shape ``(B,)``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    sample: Tensor
+    is_right: Tensor
+    num_bytes: Tensor
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return int(self.sample[-1]) + 1
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is given."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def nats(self, logits_BSV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nats of each row and its predicted tokens, shape ``(B,)``, float64."""
+        counted = (self.labels != IGNORED).to(logits_BSV.device)
+        ids = self.input_ids.to(logits_BSV.device)
+        nll = next_token_nll(logits_BSV, ids, counted).double()
+        return nll.sum(dim=1).cpu(), counted[:, 1:].double().sum(dim=1).cpu()
+
+
+def text_batches(rows: Sequence[Mapping[str, Tensor]], batch_size: int) -> list[RowBatch]:
+    """Return rows as batches, one sample each, cut to the longest of their batch.
+
+    Args:
+        rows: ``input_ids`` and ``attention_mask`` of shape ``(S,)``, optionally ``labels`` and
+            ``num_bytes``. Without labels every token is to be predicted.
+        batch_size: rows per batch.
+    """
+    return [
+        _text_batch(rows[begin : begin + batch_size]) for begin in range(0, len(rows), batch_size)
+    ]
+
+
+def choice_batches(
+    items: Sequence[TaskItem],
+    prompts: Sequence[str],
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+) -> list[RowBatch]:
+    """Return one row per question and choice, as ``evaluate_multiple_choice`` runs them.
+
+    Args:
+        items: questions with choices.
+        prompts: up to where the answer begins.
+        template: the wording of an answer.
+        tokenizer: of the model.
+        batch_size: about so many rows per batch; the choices of a question stay together.
+    """
+    per_question = max(len(item.choices) for item in items)
+    step = max(1, batch_size // per_question)
+    begin_of_text = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    starts = [[*begin_of_text, *ids] for ids in encoded]
+    batches = []
+    for begin in range(0, len(items), step):
+        chosen = range(begin, min(begin + step, len(items)))
+        batches.append(_choice_batch(items, starts, template, tokenizer, chosen))
+    return batches
+
+
+def _text_batch(rows: Sequence[Mapping[str, Tensor]]) -> RowBatch:
+    mask = torch.stack([row["attention_mask"] for row in rows])
+    width = max(2, int(mask.sum(dim=1).max()))
+    mask = mask[:, :width]
+    ids = torch.stack([row["input_ids"] for row in rows])[:, :width]
+    given = [row.get("labels") for row in rows]
+    if any(labels is None for labels in given):
+        labels = torch.where(mask > 0, ids, IGNORED)
+    else:
+        labels = torch.stack([row["labels"] for row in rows])[:, :width]
+    num = len(rows)
+    num_bytes = torch.tensor([int(row.get("num_bytes", torch.tensor(1))) for row in rows])
+    right = torch.ones(num, dtype=torch.bool)
+    return RowBatch(ids, mask, labels, torch.arange(num), right, num_bytes)
+
+
+def _choice_batch(
+    items: Sequence[TaskItem],
+    starts: Sequence[Sequence[int]],
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: range,
+) -> RowBatch:
+    rows, answered, sample, right, sizes = [], [], [], [], []
+    for number, index in enumerate(chosen):
+        item, prompt = items[index], list(starts[index])
+        texts = [template.answer_text(choice) for choice in item.choices]
+        for choice, text, ids in zip(
+            item.choices,
+            texts,
+            tokenizer(texts, add_special_tokens=False)["input_ids"],
+            strict=True,
+        ):
+            rows.append(prompt + ids)
+            answered.append([IGNORED] * len(prompt) + ids)
+            sample.append(number)
+            right.append(choice == item.answers[0])
+            sizes.append(len(text.encode()))
+    width = max(map(len, rows))
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return RowBatch(
+        torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+        mask,
+        torch.tensor([row + [IGNORED] * (width - len(row)) for row in answered]),
+        torch.tensor(sample),
+        torch.tensor(right),
+        torch.tensor(sizes),
+    )

@@ -1,0 +1,301 @@
+"""The V-MoE itself: router, experts, layers, classifier; an ensemble of them (E3) as a setting.
+
+T tokens, H hidden, R router rows, E experts, K rows per token, S slots (token and expert).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
+
+from lit_moe.vmoe.configuration import VMoEConfig
+from lit_moe.vmoe.routing import (
+    capacity_of,
+    choose_tokens,
+    importance_loss,
+    load_loss,
+    only_own_rows,
+    within_capacity,
+)
+
+REMOTE_FILE = "modeling_lit_vmoe.py"
+"""Name of the copy of this code in every saved folder."""
+
+
+class VMoERouter(nn.Module):
+    """Logits of all rows, and which rows (or tokens) are chosen with which gates."""
+
+    def __init__(self, config: VMoEConfig, num_experts: int, num_null: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.top_k = config.num_experts_per_tok
+        self.num_members = config.n_group
+        self.tokens_per_expert = config.tokens_per_expert
+        self.chooses_tokens = config.router_type == "expert_choice"
+        self.noise = config.router_noise
+        self.loss_weights = (config.importance_loss, config.load_loss)
+        self.weight = nn.Parameter(torch.empty(num_experts + num_null, config.hidden_size))
+        self.aux_loss: Tensor | None = None
+
+    def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, ...]:
+        """Return logits ``(T, R)``, gates and rows ``(T, K)``.
+
+        Under expert choice gates and rows are ``(S, 1)``, followed by the tokens ``(S,)``.
+        """
+        logits_BSR = F.linear(hidden_BSH.float(), self.weight.float())
+        logits_TR = logits_BSR.reshape(-1, logits_BSR.shape[-1])
+        if self.chooses_tokens:
+            gates_S, rows_S, tokens_S = choose_tokens(logits_BSR, self.tokens_per_expert or 1)
+            return logits_TR, gates_S[:, None].to(hidden_BSH.dtype), rows_S[:, None], tokens_S
+        if self.num_members > 1:
+            logits_TR = only_own_rows(logits_TR, self.num_experts, self.num_members)
+        noisy_TR, top_k = self._noisy(logits_TR), min(self.top_k, logits_TR.shape[-1])
+        self.aux_loss = self._auxiliary(logits_TR, noisy_TR) if self.training else None
+        gates_TK, rows_TK = torch.topk(torch.softmax(noisy_TR, dim=-1), top_k, dim=-1)
+        return logits_TR, gates_TK.to(hidden_BSH.dtype), rows_TK
+
+    def _noisy(self, logits_TR: Tensor) -> Tensor:
+        if not self.training or not self.noise:
+            return logits_TR
+        return logits_TR + torch.randn_like(logits_TR) * (self.noise / logits_TR.shape[-1])
+
+    def _auxiliary(self, logits_TR: Tensor, noisy_TR: Tensor) -> Tensor:
+        importance, load = self.loss_weights
+        total = logits_TR.new_zeros(())
+        seen = (logits_TR > -torch.inf).any(dim=0)  # the others are masked
+        if importance:
+            total = total + importance * importance_loss(logits_TR[:, seen])
+        top_k = min(self.top_k, int(seen.sum()) // self.num_members)
+        if load and self.noise and top_k:
+            deviation = self.noise / logits_TR.shape[-1]
+            total = total + load * load_loss(
+                logits_TR[:, seen], noisy_TR[:, seen], top_k, deviation
+            )
+        return total
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class VMoEExperts(nn.Module):
+    """Two-layer MLPs with biases, stacked."""
+
+    def __init__(self, config: VMoEConfig, num_experts: int) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, int(config.moe_intermediate_size or 0)
+        self.num_experts = num_experts
+        self.up_proj = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.up_proj_bias = nn.Parameter(torch.empty(num_experts, width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the sum over slots of gate times expert output, ``(T, H)``."""
+        out_TH = torch.zeros_like(hidden_TH)
+        for expert in top_k_index.unique().tolist():
+            token, slot = torch.where(top_k_index == expert)
+            inner = F.linear(hidden_TH[token], self.up_proj[expert], self.up_proj_bias[expert])
+            inner = self.act_fn(inner)
+            outer = F.linear(inner, self.down_proj[expert], self.down_proj_bias[expert])
+            out_TH.index_add_(0, token, outer * top_k_weights[token, slot, None])
+        return out_TH
+
+
+class VMoEBlock(nn.Module):
+    """What stands in the place of an MLP. Slots without room or without expert give 0."""
+
+    def __init__(self, config: VMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        own = config.per_layer_config[layer_idx]
+        self.router = VMoERouter(config, own.num_experts, own.num_null_experts)
+        self.experts = VMoEExperts(config, own.num_experts)
+        self.num_members = config.n_group
+        self.capacity_factors = (config.capacity_factor, config.eval_capacity_factor)
+        self.batch_priority = config.batch_priority
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        """Return what the experts make of each token, ``(B, S, H)``."""
+        hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
+        logits_TR, gates_TK, rows_TK, *chosen = self.router(hidden_BSH)
+        # A masked row can only be chosen where no other is left, with gate 0.
+        live_TK = (rows_TK < self.experts.num_experts) & (gates_TK > 0)
+        if not chosen:
+            live_TK = live_TK & self._with_room(logits_TR, gates_TK, rows_TK)
+            if bool(live_TK.all()):
+                return self.experts(hidden_TH, rows_TK, gates_TK).view_as(hidden_BSH)
+        slots, ranks = live_TK.nonzero(as_tuple=True)
+        tokens = chosen[0][slots] if chosen else slots
+        out_TH = torch.zeros_like(hidden_TH)
+        if len(tokens):
+            rows, gates = rows_TK[slots, ranks, None], gates_TK[slots, ranks, None]
+            out_TH = out_TH.index_add(0, tokens, self.experts(hidden_TH[tokens], rows, gates))
+        return out_TH.view_as(hidden_BSH)
+
+    def _with_room(self, logits_TR: Tensor, gates_TK: Tensor, rows_TK: Tensor) -> Tensor:
+        factor = self.capacity_factors[0 if self.training else 1]
+        if factor is None:
+            return torch.ones_like(rows_TK, dtype=torch.bool)
+        # A masked row is -inf for every token: it counts as little as one that is not there.
+        num_rows = int((logits_TR > -torch.inf).any(dim=0).sum())
+        num_slots = len(rows_TK) * min(rows_TK.shape[1], num_rows)
+        capacity = capacity_of(num_slots, num_rows, factor)
+        by_gate = self.batch_priority and not self.training
+        return within_capacity(rows_TK, gates_TK[:, 0] if by_gate else None, capacity)
+
+
+class VMoELayer(ViTLayer):
+    """A layer of ViT with experts in the place of its MLP."""
+
+    def __init__(self, config: VMoEConfig, layer_idx: int) -> None:
+        super().__init__(config)
+        block: Any = VMoEBlock(config, layer_idx)
+        self.mlp = block
+
+
+class VMoEPreTrainedModel(PreTrainedModel):
+    """What transformers must know of all V-MoE classes."""
+
+    config: VMoEConfig
+    config_class = VMoEConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    builds_per_layer = True
+    """Layers with different numbers of experts need no help to be loaded."""
+    input_modalities: Any = ("image",)
+    _no_split_modules: Any = ("ViTEmbeddings", "ViTLayer", "VMoELayer")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        deviation = self.config.initializer_range
+        if isinstance(module, ViTEmbeddings):
+            init.trunc_normal_(module.position_embeddings, mean=0.0, std=deviation)
+            init.trunc_normal_(module.cls_token, mean=0.0, std=deviation)
+        elif isinstance(module, VMoERouter):
+            init.normal_(module.weight, mean=0.0, std=deviation)
+        elif isinstance(module, VMoEExperts):
+            for name, parameter in module.named_parameters():
+                if name.endswith("bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=deviation)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as any model, with the code to load it where nobody knows it."""
+        module = REMOTE_FILE.removesuffix(".py")
+        self.config.auto_map = {
+            "AutoConfig": f"{module}.VMoEConfig",
+            "AutoModelForImageClassification": f"{module}.VMoEForImageClassification",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+        Path(save_directory, REMOTE_FILE).write_text(source_code(), encoding="utf-8")
+
+
+class VMoEModel(VMoEPreTrainedModel):
+    """Embeddings, layers, last norm."""
+
+    def __init__(self, config: VMoEConfig) -> None:
+        super().__init__(config)
+        self.embeddings = ViTEmbeddings(config)
+        sparse = set(config.moe_layers or ())
+        self.first_sparse = min(sparse)
+        self.layers = nn.ModuleList(
+            VMoELayer(config, i) if i in sparse else ViTLayer(config)
+            for i in range(config.num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.num_members = config.n_group
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
+        """Return the last hidden states ``(B, S, H)``, for an ensemble member by member."""
+        interpolate = bool(kwargs.get("interpolate_pos_encoding"))
+        dtype = self.embeddings.patch_embeddings.projection.weight.dtype
+        hidden = self.embeddings(pixel_values.to(dtype), interpolate_pos_encoding=interpolate)
+        for i, layer in enumerate(self.layers):
+            if i == self.first_sparse and self.num_members > 1:
+                hidden = hidden.repeat(self.num_members, 1, 1)
+            hidden = layer(hidden)
+        return BaseModelOutput(last_hidden_state=self.layernorm(hidden))
+
+
+class VMoEForImageClassification(VMoEPreTrainedModel):
+    """A V-MoE with a linear classifier. The members of an ensemble average their probabilities."""
+
+    def __init__(self, config: VMoEConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = VMoEModel(config)
+        self.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 0))
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: shape ``(B, channels, height, width)``.
+            labels: class ids, shape ``(B,)``.
+            **kwargs: ``interpolate_pos_encoding`` for images of another size.
+
+        Returns:
+            ``logits (B, labels)`` and, with labels, ``loss``: cross-entropy (of an ensemble: mean
+            over its members) and, in training, the auxiliary losses of the routers.
+        """
+        kwargs.pop("return_dict", None)
+        hidden_BSH = self.vit(pixel_values, **kwargs)[0]
+        token = self.config.pooling == "token"
+        logits_ML = self.classifier(hidden_BSH[:, 0] if token else hidden_BSH.mean(dim=1))
+        members = self.config.n_group
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits_ML.float(), labels.repeat(members)) + self._auxiliary()
+        return ImageClassifierOutput(loss=loss, logits=averaged(logits_ML, members))
+
+    def _auxiliary(self) -> Tensor | float:
+        """Return the mean over MoE layers, and let go of it: a model with it cannot be copied."""
+        routers = [module for module in self.modules() if isinstance(module, VMoERouter)]
+        losses = [router.aux_loss for router in routers if router.aux_loss is not None]
+        for router in routers:
+            router.aux_loss = None
+        return torch.stack(losses).mean() if losses else 0.0
+
+
+def averaged(logits_ML: Tensor, num_members: int) -> Tensor:
+    """Return the logarithm of the members' mean probabilities, ``(B, labels)``; alone, logits."""
+    if num_members == 1:
+        return logits_ML
+    by_member = torch.log_softmax(logits_ML.float(), dim=-1).unflatten(0, (num_members, -1))
+    return (by_member.logsumexp(dim=0) - math.log(num_members)).to(logits_ML.dtype)
+
+
+def source_code() -> str:
+    """Return the code of this model as one file; that of a saved copy is the copy itself."""
+    own = Path(inspect.getfile(VMoERouter))
+    names = ("configuration.py", "routing.py", own.name)
+    if own.name == REMOTE_FILE:
+        return own.read_text(encoding="utf-8")
+    future = "from __future__ import annotations\n"
+    parts = [own.with_name(name).read_text(encoding="utf-8") for name in names]
+    bodies = [re.sub(r"(?m)^from lit_moe\S+ import (\([^)]*\)|.*)\n", "", p) for p in parts]
+    code = "\n".join(body.partition(future)[2] for body in bodies)
+    return f'"""V-MoE, written by lit-moe; needs torch and transformers."""\n\n{future}{code}'

@@ -1,0 +1,132 @@
+"""How tokens and experts find each other, as functions of tensors.
+
+T tokens, R router rows, K rows per token, B images, S tokens per image, C tokens per expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ranks_within(ids: Tensor) -> Tensor:
+    """Return how many equal entries stand before each entry.
+
+    Args:
+        ids: shape ``(N,)``, int64.
+
+    >>> ranks_within(torch.tensor([3, 1, 3, 3, 1])).tolist()
+    [0, 0, 1, 2, 1]
+    """
+    in_order, order = torch.sort(ids, stable=True)
+    first = torch.searchsorted(in_order, in_order)
+    ranks = torch.empty_like(ids)
+    ranks[order] = torch.arange(len(ids), device=ids.device) - first
+    return ranks
+
+
+def within_capacity(index_TK: Tensor, priority_T: Tensor | None, capacity: int) -> Tensor:
+    """Return which slots find room, ``(T, K)``, bool, if each row serves ``capacity`` tokens.
+
+    First choices of all tokens take their places before any second choice. Within one rank of
+    choice tokens come in their order, or by descending priority (batch-priority routing of V-MoE,
+    arXiv 2106.05974, section 4.1).
+
+    Args:
+        index_TK: chosen rows, best first.
+        priority_T: larger first; equal ones in their order. None for the order of the tokens.
+        capacity: tokens that one row serves.
+
+    >>> within_capacity(torch.tensor([[0], [0], [1]]), torch.tensor([0.1, 0.9, 0.5]), 1).tolist()
+    [[False], [True], [True]]
+    """
+    num_tokens, top_k = index_TK.shape
+    order = torch.arange(num_tokens, device=index_TK.device)
+    if priority_T is not None:
+        order = torch.argsort(priority_T, descending=True, stable=True)
+    ranks_KT = ranks_within(index_TK[order].T.reshape(-1)).view(top_k, num_tokens)
+    fits_TK = torch.empty_like(index_TK, dtype=torch.bool)
+    fits_TK[order] = (ranks_KT < capacity).T
+    return fits_TK
+
+
+def capacity_of(num_slots: int, num_rows: int, factor: float) -> int:
+    """Return the tokens that one row serves: its equal share of the slots times ``factor``."""
+    return max(round(num_slots * factor / max(num_rows, 1)), 1)
+
+
+def owners(num_rows: int, num_experts: int, num_members: int, device: torch.device) -> Tensor:
+    """Return the member of the ensemble that each router row belongs to, shape ``(R,)``.
+
+    Rows of experts come first, in equal blocks by member, then those without expert likewise.
+    """
+    tail = num_rows - num_experts
+    parts = [
+        torch.arange(count, device=device) * num_members // max(count, 1)
+        for count in (num_experts, tail)
+    ]
+    return torch.cat(parts)
+
+
+def only_own_rows(logits_TR: Tensor, num_experts: int, num_members: int) -> Tensor:
+    """Return logits that are -inf for the rows of other members.
+
+    Args:
+        logits_TR: the tokens of the first member, then those of the second, and so on.
+        num_experts: rows that have an expert.
+        num_members: members of the ensemble.
+    """
+    num_tokens, num_rows = logits_TR.shape
+    own_R = owners(num_rows, num_experts, num_members, logits_TR.device)
+    member_T = torch.arange(num_tokens, device=logits_TR.device) * num_members // num_tokens
+    return logits_TR.masked_fill(member_T[:, None] != own_R, -torch.inf)
+
+
+def choose_tokens(logits_BSR: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Let every row choose the tokens with its largest logits in every image.
+
+    Gates are a softmax over the tokens that a row chose (arXiv 2405.16646), so that no row depends
+    on any other.
+
+    Args:
+        logits_BSR: by image and token.
+        count: tokens that a row chooses in each image, at most S.
+
+    Returns:
+        Gates, rows and tokens (of the flattened batch), each ``(B * R * count,)``.
+    """
+    num_images, length, num_rows = logits_BSR.shape
+    top_BCR, token_BCR = logits_BSR.topk(min(count, length), dim=1)
+    gates_BCR = torch.softmax(top_BCR, dim=1)
+    first_B = torch.arange(num_images, device=logits_BSR.device) * length
+    rows_BCR = torch.arange(num_rows, device=logits_BSR.device).expand_as(token_BCR)
+    tokens_BCR = token_BCR + first_B[:, None, None]
+    return gates_BCR.reshape(-1), rows_BCR.reshape(-1), tokens_BCR.reshape(-1)
+
+
+def squared_variation(total_R: Tensor) -> Tensor:
+    """Return the squared coefficient of variation, 0 if all are equal.
+
+    >>> squared_variation(torch.tensor([1.0, 3.0])).item()
+    0.25
+    """
+    return total_R.var(unbiased=False) / total_R.mean().clamp(min=1e-20).square()
+
+
+def importance_loss(logits_TR: Tensor) -> Tensor:
+    """Return how unequal the summed probabilities of the rows are (V-MoE, appendix A)."""
+    return squared_variation(torch.softmax(logits_TR, dim=-1).sum(dim=0))
+
+
+def load_loss(logits_TR: Tensor, noisy_TR: Tensor, top_k: int, deviation: float) -> Tensor:
+    """Return how unequal the rows' chances to be chosen under new noise are (V-MoE, appendix A).
+
+    Args:
+        logits_TR: without noise.
+        noisy_TR: with the noise that the choice was made with.
+        top_k: rows per token.
+        deviation: standard deviation of the noise, above 0.
+    """
+    threshold_T1 = noisy_TR.topk(top_k, dim=-1).values[:, -1:]
+    chance_TR = torch.special.ndtr((logits_TR - threshold_T1) / deviation)
+    return squared_variation(chance_TR.sum(dim=0))
