@@ -18,7 +18,7 @@ quickstart: $(READY) ## prune, repair and export the embedded model
 	$(BIN)/lightning fit --config configs/quickstart.yaml
 
 test: $(READY) ## the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(READY) ## the tests, the heavy ones included
 	$(BIN)/python -m pytest

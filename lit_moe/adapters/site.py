@@ -52,6 +52,8 @@ class MoESite:
         num_shared: shared experts that every token uses; never scored and never removed.
         config_key: dotted path of the number in the model's config that counts these experts.
         registered: whether the experts run through transformers' registry of implementations.
+        one_per_group: whether a group works with a single expert; those that are scored by their
+            two best do not.
     """
 
     name: str
@@ -68,6 +70,7 @@ class MoESite:
     num_shared: int = 0
     config_key: str = ""
     registered: bool = True
+    one_per_group: bool = False
 
     def rows(self, kind: AxisKind) -> tuple[ExpertAxis, ...]:
         """Return the axes of one kind."""

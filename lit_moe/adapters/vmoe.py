@@ -28,7 +28,7 @@ class VMoEAdapter(MoEAdapter):
 
     def describe(self, model: PreTrainedModel, site: MoESite) -> MoESite:
         """Return the site, see the base class."""
-        site = super().describe(model, site)
+        site = dataclasses.replace(super().describe(model, site), one_per_group=True)
         if not _chooses_tokens(model.config):
             return site
         return dataclasses.replace(site, routing="custom", renormalised=None, top_k=1)

@@ -118,9 +118,16 @@ def _groups(model: PreTrainedModel, weights: Weights) -> list[list[str]]:
 
 
 def _stored_once(model: PreTrainedModel, weights: Weights) -> list[str]:
-    """Return names without those that another name stands for, or that are never stored."""
+    """Return names without those that another name stands for, or that are never stored.
+
+    transformers decides, on stand-ins: it would clone parts of one buffer (ZeRO keeps all in one).
+    """
     ignored = set(model._keys_to_ignore_on_save or ())
     kept = {name: tensor for name, tensor in weights.held.items() if name not in ignored}
+    stand_ins: dict[object, Tensor] = {}
+    for name, tensor in kept.items():
+        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
+        kept[name] = stand_ins.setdefault(place, torch.empty(1))
     return list(remove_tied_weights_from_state_dict(kept, model))
 
 

@@ -154,7 +154,9 @@ def _layer_rule(site: MoESite, protected: frozenset[int], floor: int) -> LayerRu
     size = site.num_experts // site.num_groups
     fullest = max(sum(e // size == g for e in protected) for g in range(site.num_groups))
     # Some families score a group by its best expert and could do with one; asking for two is safe.
-    group_score: Literal["top2"] | None = "top2" if site.num_groups > 1 else None
+    group_score: Literal["top2"] | None = (
+        "top2" if site.num_groups > 1 and not site.one_per_group else None
+    )
     legal = legal_counts(site, group_score) or (site.num_experts,)
     needs = {
         _router_needs(site, legal[0]): legal[0],

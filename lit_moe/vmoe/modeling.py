@@ -104,14 +104,19 @@ class VMoEExperts(nn.Module):
 
     def forward(self, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the sum over slots of gate times expert output, ``(T, H)``."""
-        out_TH = torch.zeros_like(hidden_TH)
-        for expert in top_k_index.unique().tolist():
-            token, slot = torch.where(top_k_index == expert)
-            inner = F.linear(hidden_TH[token], self.up_proj[expert], self.up_proj_bias[expert])
-            inner = self.act_fn(inner)
-            outer = F.linear(inner, self.down_proj[expert], self.down_proj_bias[expert])
-            out_TH.index_add_(0, token, outer * top_k_weights[token, slot, None])
-        return out_TH
+        rows_S, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
+        order_S = torch.argsort(rows_S, stable=True)
+        tokens_S = order_S if top_k == 1 else order_S // top_k
+        counts = torch.bincount(rows_S, minlength=self.num_experts).tolist()
+        parts = hidden_TH[tokens_S].split(counts)
+        out_SH = torch.cat([self._run(e, part) for e, part in enumerate(parts)])
+        out_SH = out_SH * top_k_weights.reshape(-1)[order_S, None]
+        return torch.zeros_like(hidden_TH).index_add(0, tokens_S, out_SH)
+
+    def _run(self, expert: int, hidden_TH: Tensor) -> Tensor:
+        inner = F.linear(hidden_TH, self.up_proj[expert], self.up_proj_bias[expert])
+        inner = self.act_fn(inner)
+        return F.linear(inner, self.down_proj[expert], self.down_proj_bias[expert])
 
 
 class VMoEBlock(nn.Module):

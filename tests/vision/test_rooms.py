@@ -107,3 +107,11 @@ def test_expert_choice_loses_exactly_the_contribution_of_the_dropped():
 def test_unknown_experts_of_an_ensemble_are_refused():
     with pytest.raises((LitMoEError, ValueError), match="9 experts cannot be shared out equally"):
         tiny_vmoe("ensemble", num_experts=9)
+
+
+def test_a_member_of_an_ensemble_can_be_left_with_one_expert():
+    model = tiny_vmoe("ensemble", num_experts_per_tok=1)
+    scores = lit_moe.score(model, "router_norm")
+    plan = lit_moe.select(scores, keep_ratio=0.25, sites=find_sites(model))
+    for kept in plan.kept.values():
+        assert [e // 4 for e in kept] == [0, 1]
