@@ -34,6 +34,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
         try:
+            for left in target.parent.glob(".*.ckpt.partial"):  # of runs killed while they saved
+                if left.is_file():
+                    left.unlink()
             with partial.open("wb") as stream:
                 torch.save(checkpoint, stream)
                 stream.flush()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
+import time
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,9 @@ _LOG = logging.getLogger(__name__)
 
 TAG = "checkpoint"
 """Folder within a sharded checkpoint that lightning and DeepSpeed agree on."""
+
+_STALE = 3600.0
+"""Seconds after which nobody is writing a checkpoint any more."""
 
 OURS = "lit_moe"
 """Key of what lit-moe puts into a checkpoint."""
@@ -83,17 +89,24 @@ def _first_file(folder: Path) -> Path:
 
 
 def _check_complete(header: CheckpointHeader) -> None:
-    """Refuse a folder in which the share of a rank is missing."""
+    """Refuse a folder in which the share of a rank is missing or half-written."""
     assert header.world_size is not None
-    shares = [f"zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(header.world_size)]
-    names = {file.name for file in (header.path / TAG).iterdir()}
-    absent = [name for name in shares if name not in names and f"bf16_{name}" not in names]
-    if header.stage and absent:
-        raise LitMoEError(
-            f"checkpoint {header.path} was written by {header.world_size} ranks, but {absent[0]} "
-            f"{_and_more(len(absent) - 1)}is missing; copy it from the machine that wrote it, or "
-            "take another checkpoint"
-        )
+    kinds = {0: (), 3: ("model", "optim")}.get(header.stage or 0, ("optim",))
+    shares = [
+        f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+        for kind in kinds
+        for rank in range(header.world_size)
+    ]
+    files = {file.name.removeprefix("bf16_"): file for file in (header.path / TAG).iterdir()}
+    absent = [name for name in shares if name not in files]
+    broken = [name for name in shares if name in files and not zipfile.is_zipfile(files[name])]
+    for names, what in ((absent, "missing"), (broken, "half-written")):
+        if names:
+            raise LitMoEError(
+                f"checkpoint {header.path} was written by {header.world_size} ranks, but "
+                f"{names[0]} {_and_more(len(names) - 1)}is {what}; copy it from the machine that "
+                "wrote it, or take another checkpoint"
+            )
 
 
 def _and_more(number: int) -> str:
@@ -133,9 +146,12 @@ def newest_checkpoint(places: Iterable[Path]) -> Path | None:
     """Return the newest complete checkpoint in or below some folders, None if there is none.
 
     One that cannot be read is passed over with a warning. One that a killed run had moved aside
-    counts while nothing has taken its name.
+    counts while nothing has taken its name. What killed runs had begun to write more than an hour
+    ago is removed.
     """
     folders = [place for place in places if place.is_dir()]
+    for folder in folders:
+        _remove_stale(folder)
     found = {path for folder in folders for path in folder.rglob("*.ckpt") if _has_a_name(path)}
     for folder in folders:
         for aside in folder.rglob(".*.ckpt.replaced"):
@@ -149,6 +165,19 @@ def newest_checkpoint(places: Iterable[Path]) -> Path | None:
         else:
             return path
     return None
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove checkpoints that nobody writes to any more, whatever other ranks remove meanwhile."""
+    for partial in folder.rglob(".*.ckpt.partial"):
+        with contextlib.suppress(OSError):
+            times = [file.stat().st_mtime for file in (partial, *partial.rglob("*"))]
+            if time.time() - max(times) < _STALE:
+                continue
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink()
 
 
 def _has_a_name(path: Path) -> bool:

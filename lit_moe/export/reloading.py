@@ -144,12 +144,14 @@ def _compared_and_dropped(weights: Weights) -> Iterator[None]:
     """Let loaded tensors be compared instead of kept; the model's own stay without memory."""
     loader: Any = core_model_loading
     keep = loader.set_param_for_module
+    shapes: dict[int, dict[str, torch.Size]] = {}
 
     def compare(
         model: PreTrainedModel, name: str, found: Tensor, info: Any, quantizer: Any
     ) -> None:
-        there = model.state_dict().get(name)
-        if name not in weights.held or there is None or there.shape != found.shape:
+        if id(model) not in shapes:  # a state dict for every tensor would take long
+            shapes[id(model)] = {n: tensor.shape for n, tensor in model.state_dict().items()}
+        if name not in weights.held or shapes[id(model)].get(name) != found.shape:
             keep(model, name, found, info, quantizer)  # transformers then tells what is wrong
             return
         check_equal(name, weights[name], found)

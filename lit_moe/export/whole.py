@@ -54,8 +54,8 @@ def whole_on_first_rank(
         yield model if _rank() == 0 else None
         return
     _check_room(model, target)
-    if verify and (is_partitioned(model) or _rank() == 0):
-        check_as_configured(model)
+    if verify:
+        _check_together(model, everywhere=is_partitioned(model))
     if _rank() > 0:
         if is_partitioned(model) or masters:
             for _ in stream_whole(model, masters=masters):
@@ -118,6 +118,23 @@ def _check_room(model: PreTrainedModel, target: Path) -> None:
         dist.broadcast_object_list(refused)
     if refused[0] is not None:
         raise ExportError(refused[0])
+
+
+def _check_together(model: PreTrainedModel, *, everywhere: bool) -> None:
+    """Collective: let no rank go on to gather weights where the model is not what it should be."""
+    refused = None
+    if everywhere or _rank() == 0:
+        try:
+            check_as_configured(model)
+        except ExportError as error:
+            refused = str(error)
+    said = [refused]
+    if dist.is_available() and dist.is_initialized():
+        said = [None] * dist.get_world_size()
+        dist.all_gather_object(said, refused)
+    for sentence in said:
+        if sentence is not None:
+            raise ExportError(sentence)
 
 
 def _mapped_copy(

@@ -26,16 +26,17 @@ def written_together(
         barrier: waits for all ranks.
 
     Raises:
-        LitMoEError: if writing failed.
+        LitMoEError: if writing failed; nothing of it is left.
     """
     partial, aside = target.with_name(f".{target.name}.partial"), moved_aside(target)
-    if is_first_rank:
-        put_back(target)
-        _remove(aside)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier("checkpoint begins")
     try:
+        if is_first_rank:
+            put_back(target)
+            _remove(aside)
+            remove_partial(target.parent)
+            _remove(partial)
+            partial.mkdir(parents=True)
+        barrier("checkpoint begins")
         yield partial
         barrier("checkpoint is written")
         if is_first_rank:
@@ -44,6 +45,8 @@ def written_together(
             partial.rename(target)
             _remove(aside)
     except (OSError, RuntimeError) as error:
+        if is_first_rank:
+            _remove(partial)
         raise LitMoEError(
             f"the checkpoint {target} could not be written: {_reason(error)}; what was there "
             "before is still there"
@@ -62,6 +65,12 @@ def check_sharded(header: CheckpointHeader) -> None:
             f"{header.path} is a checkpoint in one file, as strategies without DeepSpeed write "
             "them; resume it with --trainer.strategy auto or ddp"
         )
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what runs that were killed while they saved left in a folder of checkpoints."""
+    for partial in folder.glob(".*.ckpt.partial"):
+        _remove(partial)
 
 
 def _remove(path: Path) -> None:

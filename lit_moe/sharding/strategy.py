@@ -185,8 +185,10 @@ class MoEDeepSpeed(DeepSpeedStrategy):
         optimizer = engine.optimizer.optimizer
         options = [dict(group) for group in optimizer.param_groups]
         engine._config.load_universal_checkpoint = True
+        strict = self._module.strict_loading
         self._module.strict_loading = False  # parameters come from files of their own
         state = super().load_checkpoint(universal_folder(header))
+        self._module.strict_loading = strict
         engine._config.load_universal_checkpoint = False
         keep_groups_apart(optimizer, options)
         load_untrained(self._module, header)

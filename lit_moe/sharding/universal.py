@@ -1,7 +1,7 @@
 """Checkpoints for another number of ranks or another ZeRO stage than they were written by.
 
 DeepSpeed's universal format holds each parameter and its optimizer state whole, in files of their
-own. The folder is made once, by the first rank, beside the checkpoint, and used again.
+own. The folder is made by the first rank beside the checkpoint, and is gone when all have read it.
 """
 
 from __future__ import annotations

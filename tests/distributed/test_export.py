@@ -116,3 +116,25 @@ def test_no_rank_holds_a_second_whole_model(mode, dtype, chapters, tmp_path):
         look=fraction,
     )
     assert max(ranks) < 0.3  # two of eight decoder layers
+
+
+class OtherTopK(L.Callback):
+    """Changes how many experts act, without a word in the config."""
+
+    def on_fit_start(self, _, pl_module):
+        """When the engine is there."""
+        for module in pl_module.model.modules():
+            if hasattr(module, "top_k"):
+                module.top_k = 1
+
+
+def test_what_rank_0_alone_finds_ends_the_others_too(chapters, tmp_path):
+    source = saved(tmp_path / "source", "mixtral")
+
+    def callbacks():
+        return [ReportWriter(False, False), OtherTopK(), ExportModel(dtype="float32")]
+
+    setup = Setup(source, chapters, tmp_path)
+    with pytest.raises(RuntimeError, match="logits differ"):
+        setup.fit("zero2", callbacks=callbacks, max_steps=1, precision="bf16-true")
+    assert not list(tmp_path.rglob("run/**/model/config.json"))

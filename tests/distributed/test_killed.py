@@ -100,16 +100,47 @@ def uninterrupted(restless, chapters, tmp_path_factory):
     return run
 
 
+def wait_for_a_save(folder, process):
+    """Return while a checkpoint is being written, another one being there."""
+    while process.poll() is None:
+        if list(folder.rglob(".*.ckpt.partial")):
+            return
+        time.sleep(0.001)
+    raise AssertionError(process.communicate()[0])
+
+
+def kill(process, who):
+    victims = ranks_of(process) if who == "one" else []
+    if who == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("who", "moment"),
+    [
+        ("all", "between"),
+        pytest.param("all", "saving", marks=pytest.mark.slow),
+        pytest.param("one", "between", marks=pytest.mark.slow),
+        pytest.param("one", "saving", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("strategy", some(["zero3"], ["ddp", "zero1", "zero2"]))
-def test_all_ranks_killed(uninterrupted, restless, chapters, tmp_path, strategy):
+def test_killed_ranks_and_the_same_command_again(
+    uninterrupted, restless, chapters, tmp_path, strategy, who, moment
+):
     words = command(
         tmp_path, restless, chapters, f"--trainer.strategy={strategy}", "--ckpt_path=last"
     )
     process = start(*words)
     wait_for_checkpoint(tmp_path, process)
-    time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    if moment == "saving":
+        wait_for_a_save(tmp_path, process)
+    else:
+        time.sleep(0.3)
+    kill(process, who)
     assert not (tmp_path / "model").exists()
     code, output = finish(start(*words))
     assert code == 0, output

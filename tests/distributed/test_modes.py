@@ -6,8 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from lit_moe.callbacks import ExpertMonitor, ExportModel, OneShotPruning, ReportWriter
+from lit_moe.callbacks import ExpertMonitor, ExportModel, OneShotPruning, Refit, ReportWriter
 from lit_moe.plan import KeepPlan
+from lit_moe.refit import RefitOptions
 from lit_moe.sharding import MoEDeepSpeed
 from tests.distributed.runs import MODES, some
 
@@ -21,6 +22,11 @@ def prune(**options):
         OneShotPruning("reap", keep_ratio=0.5),
         *options.get("more", []),
     ]
+
+
+def prune_and_refit():
+    refit = Refit(options=RefitOptions(mode="parallel"))
+    return lambda: [*prune()(), refit]
 
 
 TASKS = {
@@ -54,6 +60,14 @@ def test_twenty_steps_have_the_losses_of_one_process(setup, alone, mode, task):
     assert ranks[0] == ranks[1]
     assert len(ranks[0]) == len(alone(task))
     assert ranks[0] == pytest.approx(alone(task), abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", some(["zero3"], ["ddp", "zero1", "zero2"]))
+def test_refitted_experts_train_with_the_losses_of_one_process(setup, mode):
+    options = {"max_steps": 5, "callbacks": prune_and_refit()}
+    (alone,) = setup.fit("single", **options)
+    for rank in setup.fit(mode, **options):
+        assert rank == pytest.approx(alone, abs=2e-4)
 
 
 @pytest.mark.parametrize("mode", some(["zero2", "zero3"], ["ddp", "zero1", "zero3-sharded-load"]))
@@ -158,7 +172,7 @@ def _bytes_of(tensors):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+@pytest.mark.parametrize("mode", some(["ddp", "zero3"], ["zero1", "zero2", "zero3-sharded-load"]))
 def test_validation_and_prediction_do_not_depend_on_the_number_of_ranks(setup, mode):
     """13 blocks on two ranks: one idle block keeps them in step and counts for nothing."""
 

@@ -1,6 +1,8 @@
 """A run that goes on from a checkpoint is the run that was never stopped."""
 
+import os
 import shutil
+import time
 
 import lightning as L
 import pytest
@@ -174,6 +176,19 @@ def test_the_newest_complete_checkpoint_is_found(quiet, original, caplog):
     assert newest_checkpoint([quiet.folder / "nowhere"]) is None
 
 
+def test_what_killed_runs_had_begun_to_write_is_removed_after_an_hour(tmp_path):
+    names = [".old.ckpt.partial", ".new.ckpt.partial"]
+    for name in names:
+        (tmp_path / "a" / name).mkdir(parents=True)
+        (tmp_path / "a" / name / "share.pt").write_text("half")
+    (tmp_path / "a" / ".one.ckpt.partial").write_text("half")
+    hour_ago = time.time() - 3700
+    for path in (*(tmp_path / "a" / names[0]).iterdir(), *(tmp_path / "a").glob(".o*.partial")):
+        os.utime(path, (hour_ago, hour_ago))
+    assert newest_checkpoint([tmp_path]) is None
+    assert [path.name for path in (tmp_path / "a").iterdir()] == names[1:]
+
+
 def test_another_amount_than_that_of_the_checkpoint_is_refused(quiet, original):
     _, folder = original("single")
     with pytest.raises(RuntimeError, match=r"keeps 4 experts in .*, but this run asks for 2"):
@@ -214,13 +229,26 @@ def test_weights_of_a_checkpoint_are_evaluated_alone(quiet, original):
     assert found[0] == found[1]
 
 
-def test_a_missing_share_is_named(quiet, original):
+@pytest.mark.parametrize("kind", ["optim", "model"])
+def test_a_missing_share_is_named(quiet, original, kind):
     _, folder = original("zero3")
     broken = quiet.folder / "broken.ckpt"
     shutil.copytree(folder / "step=4.ckpt", broken)
-    (broken / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    (broken / "checkpoint" / f"zero_pp_rank_1_mp_rank_00_{kind}_states.pt").unlink()
     with pytest.raises(RuntimeError, match="written by 2 ranks, but zero_pp_rank_1.*is missing"):
         quiet.fit("zero3", resume=str(broken), **TASK)
+
+
+def test_a_half_written_share_is_passed_over(quiet, original, caplog):
+    _, folder = original("zero3")
+    whole, broken = quiet.folder / "whole.ckpt", quiet.folder / "broken.ckpt"
+    for copy in (whole, broken):
+        shutil.copytree(folder / "step=4.ckpt", copy)
+    share = broken / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    share.write_bytes(share.read_bytes()[:-100])
+    os.utime(share.parent)  # the newest
+    assert newest_checkpoint([quiet.folder]) == whole
+    assert f"{share.name} is half-written" in caplog.text
 
 
 def test_one_file_and_a_folder_are_told_apart(quiet, original):
@@ -263,6 +291,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     write("first")
     with pytest.raises(LitMoEError, match="could not be written.*still there"):
         write("second", OSError(28, "No space left on device"))
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert (target / "share.pt").read_text() == "first"
     write("third")
     assert (target / "share.pt").read_text() == "third"
