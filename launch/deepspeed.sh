@@ -25,7 +25,12 @@ devices=${DEVICES:-8}                       # EDIT: the slots of each line in it
 export MASTER_ADDR=${MASTER_ADDR:-worker-0} # EDIT: machine 0 as the others see it
 config=${1:?usage: [NODE_RANK=N] launch/deepspeed.sh CONFIG [options of lit-moe fit]}
 shift
-nodes=$(grep --count '^[^#]*slots=' "$hostfile")
+nodes=$(grep --count --no-messages '^[^#]*slots=' "$hostfile" || true)
+if ((${nodes:-0} == 0)); then
+  echo "hostfile $hostfile names no machine: it must be a file with one line like" \
+    "'worker-0 slots=8' for each (another file: HOSTFILE=PATH)" >&2
+  exit 2
+fi
 how=()
 if [[ -n ${NODE_RANK:-} ]]; then
   how=(--no_ssh --node_rank "$NODE_RANK")

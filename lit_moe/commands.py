@@ -22,12 +22,14 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch.distributed import default_pg_timeout
 
 from lit_moe.contact import reasons_shared
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
 from lit_moe.resuming import newest_checkpoint
 from lit_moe.sharding import DeepSpeedLauncherEnvironment, add_requeue, register_short_names
+from lit_moe.sharding.rendezvous import meeting_explained
 
 _IN_CLASS = re.compile(
     r"Problem with given class_path '([\w.]+)':\s+(?=(Parser key[^\n]+\n[^\n]+|\S[^\n]*))"
@@ -82,12 +84,15 @@ class _CLI(LightningCLI):
                 raise
             raise LitMoEError(said) from error
         _check_world(trainer)
+        _check_strategy(trainer, self.model)
         add_requeue(trainer)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         timeout = getattr(self.trainer.strategy, "_timeout", None)
-        with reasons_shared(self.trainer.global_rank, timeout):
+        rank, patience = self.trainer.global_rank, timeout or default_pg_timeout
+        together = meeting_explained(rank, self.trainer.world_size, patience)
+        with reasons_shared(rank, timeout), together:
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
@@ -152,6 +157,12 @@ def _check_world(trainer: L.Trainer) -> None:
         environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
     except ValueError as error:
         raise LitMoEError(" ".join(str(error).split())) from error
+
+
+def _check_strategy(trainer: L.Trainer, module: MoEModule) -> None:
+    """Refuse a strategy in the module's words before lightning sets it up, in words of its own."""
+    module.trainer = trainer  # as the command does next
+    module._check_strategy()
 
 
 def run_trainer() -> None:

@@ -88,6 +88,11 @@ def introduce() -> None:
     _leave("member", asdict(this_process()))
 
 
+def have_met() -> bool:
+    """Whether this process belongs to a process group, if only to one of its own."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def lost_contact(error: BaseException) -> bool:
     """Whether an error is what the other ranks see when one of them has died."""
     return any(isinstance(cause, dist.DistError) or _says(cause, _LOST) for cause in _causes(error))
@@ -102,6 +107,8 @@ def waited_in_vain(error: BaseException) -> bool:
 def reasons_shared(rank: int, timeout: timedelta | None) -> Iterator[None]:
     """Tell the other ranks why this one ends, and its user why another one did. No collective.
 
+    Errors from before the ranks have met pass as they are: nobody can be lost yet.
+
     Args:
         rank: of this process.
         timeout: of the collectives.
@@ -112,6 +119,8 @@ def reasons_shared(rank: int, timeout: timedelta | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if not have_met():
+            raise
         if waited_in_vain(error):
             sentence = _impatient(rank, timeout)
             _leave("reason", {"text": sentence, "time": time.time()})
@@ -212,7 +221,7 @@ def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
 
 def _store() -> Any:
     """Return what the ranks met by; None on one process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not have_met() or dist.get_world_size() == 1:
         return None
     return dist.distributed_c10d._get_default_store()
 

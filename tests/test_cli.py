@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lit_moe import cli
 from lit_moe.commands import one_sentence
@@ -84,6 +85,33 @@ def test_a_wrong_value_from_yaml_or_the_command_line_is_one_sentence(
     assert cli.main(["fit", "--config", config, *words]) == 2
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert message in sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--trainer.strategy=deepspeed_stage_3"],
+            "strategy DeepSpeedStrategy builds models inside deepspeed.zero.Init, where experts "
+            "cannot be pruned and random weights become NaN; take strategy: zero1, zero2, zero3, ",
+        ),
+        (
+            ["--trainer.strategy=zero3", "--model.init_args.optimizer.trained=routers"],
+            "optimizer.trained: routers freezes weights that DeepSpeed's stage 3 then does not ",
+        ),
+    ],
+)
+def test_a_strategy_that_cannot_prune_is_refused_before_it_is_set_up(
+    words, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["lit-moe"])
+    monkeypatch.setattr(DeepSpeedStrategy, "setup_environment", lambda _: pytest.fail("set up"))
+    options = ["--config=configs/one_shot/reap.yaml", "--trainer.accelerator=cpu"]
+    assert cli.main(["fit", *options, "--trainer.devices=1", *words]) == 2
+    error = capsys.readouterr().err
+    (sentence,) = [line for line in error.splitlines() if "error:" in line]
+    assert sentence.startswith(f"lit-moe: error: {message}")
+    assert "Traceback" not in error
 
 
 def test_a_literal_that_is_none_names_the_choices(capsys, monkeypatch):

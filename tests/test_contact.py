@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lit_moe import contact
 from lit_moe.contact import introduce, lost_contact, reasons_shared, this_process, waited_in_vain
 from lit_moe.errors import LitMoEError
+from lit_moe.sharding.rendezvous import meeting_explained
 from lit_moe.testing import run_distributed
 
 CLOSED = RuntimeError("gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:7565")
@@ -97,6 +98,47 @@ def test_a_checkpoint_that_failed_since_a_rank_was_lost_is_a_lost_contact():
 def test_one_process_keeps_its_errors():
     with pytest.raises(OSError, match="mine"), reasons_shared(0, None):
         raise OSError("mine")
+
+
+@pytest.mark.parametrize("error", [CLOSED, LATE, dist.DistNetworkError("timed out")])
+def test_before_a_group_exists_nobody_is_lost(error):
+    with pytest.raises(RuntimeError) as said, reasons_shared(1, timedelta(seconds=8)):
+        raise error
+    assert said.value is error
+
+
+@pytest.mark.parametrize(
+    "error", [LATE, dist.DistStoreError("wait"), RuntimeError("Unable to find address for: eth9")]
+)
+def test_before_a_group_exists_a_failed_connection_is_explained(monkeypatch, error):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    limit = timedelta(seconds=8)
+    with pytest.raises(LitMoEError) as said, reasons_shared(1, limit):  # noqa: SIM117
+        with meeting_explained(1, 2, limit):
+            raise error
+    start = "rank 1 did not find all 2 processes of the run by 127.0.0.1:29500 within 8 s: "
+    assert str(said.value).startswith(start)
+    assert "GLOO_SOCKET_IFNAME" in str(said.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), LitMoEError("keep_ratio=2")])
+def test_other_errors_before_a_group_exists_stay(error):
+    with pytest.raises(type(error)) as said, meeting_explained(1, 2, timedelta(seconds=8)):
+        raise error
+    assert said.value is error
+
+
+@pytest.mark.distributed
+def test_with_a_group_a_lost_rank_is_no_failed_meeting():
+    def said(rank):
+        try:
+            with meeting_explained(rank, 2, timedelta(seconds=8)):
+                raise CLOSED
+        except RuntimeError as error:
+            return str(error)
+
+    assert run_distributed(said) == [str(CLOSED)] * 2
 
 
 def test_a_process_that_has_ended_is_known_to_be_gone():

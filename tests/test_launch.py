@@ -59,6 +59,32 @@ def test_a_missing_config_is_said_in_one_line(name):
     assert "usage: " in line
 
 
+@pytest.mark.parametrize("content", ["worker-0\nworker-1\n", "# worker-0 slots=8\n", "", None])
+def test_a_hostfile_without_slots_is_said_in_one_line(tmp_path, content):
+    hostfile = tmp_path / "hostfile"
+    if content is not None:
+        hostfile.write_text(content)
+    words = ["bash", str(LAUNCH / "deepspeed.sh"), "any.yaml"]
+    variables = {**os.environ, "HOSTFILE": str(hostfile)}
+    ran = subprocess.run(words, capture_output=True, text=True, env=variables)
+    assert ran.returncode == 2
+    (line,) = ran.stderr.splitlines()
+    assert f"hostfile {hostfile} names no machine" in line
+    assert "'worker-0 slots=8'" in line
+
+
+def test_the_lines_of_a_hostfile_are_counted(tmp_path):
+    (tmp_path / "deepspeed").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    (tmp_path / "hostfile").write_text("one slots=2\n# two slots=2\nthree slots=2\n")
+    words = ["bash", str(LAUNCH / "deepspeed.sh"), "any.yaml"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, "HOSTFILE": str(tmp_path / "hostfile"), "PATH": path}
+    ran = subprocess.run(words, capture_output=True, text=True, env=variables)
+    assert ran.returncode == 0, ran.stderr
+    assert "--trainer.num_nodes 2 " in ran.stdout
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_configs_that_are_named_exist(name):
     for path in re.findall(r"configs/[\w/]+\.yaml", (LAUNCH / name).read_text()):
@@ -72,6 +98,8 @@ def test_slurm_asks_for_one_task_per_gpu_under_a_name_that_lightning_looks_at():
     assert asked["job-name"] not in ("bash", "interactive")
     assert asked["signal"] == "USR1@600"  # B: before it would tell this script only
     assert asked["open-mode"] == "append"
+    assert "\nexport SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in text  # srun would not take it
+    assert "cpus-per-task" in asked
     assert re.search(r"^#SBATCH --requeue$", text, flags=re.M)
     assert "--ckpt_path last" in text
     assert '--trainer.num_nodes "$SLURM_NNODES"' in text

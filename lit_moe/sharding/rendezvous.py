@@ -10,7 +10,10 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from lit_moe.contact import have_met, lost_contact, waited_in_vain
 from lit_moe.errors import LitMoEError
+
+_NO_INTERFACE = "Unable to find address for"  # gloo, of a GLOO_SOCKET_IFNAME that is not there
 
 
 def meet(
@@ -51,6 +54,28 @@ def have_patience(timeout: timedelta) -> None:
     """
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+@contextmanager
+def meeting_explained(rank: int, world_size: int, patience: timedelta) -> Iterator[None]:
+    """Do as :func:`explained` for a whole command, whose strategy makes the group by itself.
+
+    Only errors of a connection count, and only until there is a process group.
+
+    Raises:
+        LitMoEError: if the processes of the run did not find each other.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if have_met() or not _is_of_connecting(error):
+            raise
+        with explained(rank, world_size, patience):
+            raise
+
+
+def _is_of_connecting(error: RuntimeError) -> bool:
+    return lost_contact(error) or waited_in_vain(error) or _NO_INTERFACE in str(error)
 
 
 @contextmanager

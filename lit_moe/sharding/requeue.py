@@ -27,6 +27,11 @@ class Requeue(L.Callback):
     another point of it: several ranks then wait for each other in different collectives. Here the
     ranks agree after each optimizer step whether one of them was told.
 
+    Between steps nobody looks: in calibration, ``Refit``, a search, the evaluations of the report,
+    a validation or the export the signal waits for the next step. If the time of the job is over
+    before, or no step follows, nothing is kept and nothing requeued. The signal must come early
+    enough for the longest such phase, one step and the checkpoint.
+
     ``SIGUSR1`` (``#SBATCH --signal=USR1@600``) comes before the time of the job is over: the job is
     requeued. ``SIGTERM`` comes when it is preempted, requeued or cancelled: it only saves. The
     checkpoint is ``hpc_ckpt_N.ckpt`` in ``trainer.default_root_dir``, of which the newest is kept;

@@ -15,6 +15,8 @@ from lit_moe.sharding import (
     register_short_names,
 )
 from lit_moe.testing import run_distributed
+from tests.distributed.slurm_stand_in import free_port
+from tests.distributed.tiny_fit import finish_forks, fork_fit, write_config
 
 
 @pytest.mark.distributed
@@ -108,6 +110,32 @@ def test_a_world_that_the_launcher_did_not_start(monkeypatch, capsys, variables,
     error = capsys.readouterr().err
     assert sentence in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("interface", ["lo", "nothere0"])
+def test_hosts_that_do_not_find_each_other_under_a_stock_strategy(
+    checkpoint, pages, tmp_path, interface
+):
+    """Nobody listens at that port; an interface that is not there is noticed by a single host."""
+    num_nodes = 2 if interface == "lo" else 1
+    config = write_config(tmp_path, checkpoint, pages, stage=1)
+    words = [f"--config={config}", f"--trainer.num_nodes={num_nodes}", "--trainer.devices=1"]
+    words.append("--trainer.strategy=lightning.pytorch.strategies.DDPStrategy")
+    words.append("--trainer.strategy.init_args.timeout=0:00:02")
+    port, rank = free_port(), num_nodes - 1
+    variables = {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    log = tmp_path / "log"
+    process = fork_fit(words, log, GLOO_SOCKET_IFNAME=interface, **variables)
+    finish_forks((process, log), code=2)
+    (line,) = [line for line in log.read_text().splitlines() if "lit-moe: error:" in line]
+    assert line.startswith(
+        f"lit-moe: error: rank {rank} did not find all {num_nodes} processes of the run by "
+        f"127.0.0.1:{port} within 2 s: "
+    )
+    assert "GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME name the interface" in line
+    assert "lost contact" not in line
+    assert "Traceback" not in log.read_text()
 
 
 def test_the_deepspeed_launcher_says_which_machine_this_is(monkeypatch):
