@@ -24,7 +24,6 @@ from lit_moe.criteria import (
 )
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
-from lit_moe.partitions import is_partitioned
 from lit_moe.plan import KeepPlan
 from lit_moe.plans import Plan, only_drops
 from lit_moe.selection import (
@@ -35,6 +34,7 @@ from lit_moe.selection import (
     measure_bytes,
     parse_protection,
 )
+from lit_moe.sharding.partitions import is_partitioned
 from lit_moe.stats import GATHERABLE, GradientObservation, Observation, observe, observe_gradients
 from lit_moe.surgery import shrink
 

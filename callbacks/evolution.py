@@ -25,7 +25,6 @@ from lit_moe.errors import LitMoEError, PlanError
 from lit_moe.merge_plan import MergePlan
 from lit_moe.merging import apply_plan
 from lit_moe.module import MoEModule
-from lit_moe.partitions import is_partitioned
 from lit_moe.plan import KeepPlan
 from lit_moe.plans import Plan, plan_from_dict
 from lit_moe.projection import project_routers
@@ -41,6 +40,7 @@ from lit_moe.search.samples import SampleSizes, splits_of
 from lit_moe.search.scoring import Measures, ModelEvaluator, SplitScorer
 from lit_moe.search.space import fingerprint, problem_of
 from lit_moe.selection.budget import parse_bytes
+from lit_moe.sharding.partitions import is_partitioned
 
 HISTORY_NAME, PLAN_NAME = "search.jsonl", "plan.json"
 

@@ -34,10 +34,10 @@ from lit_moe.grouping import (
 from lit_moe.merge_plan import MergePlan
 from lit_moe.merging import merge
 from lit_moe.module import MoEModule
-from lit_moe.partitions import is_partitioned
 from lit_moe.plans import Plan
 from lit_moe.report.figures import dendrograms, similarity_heatmaps
 from lit_moe.selection import Budget, layer_counts, parse_protection
+from lit_moe.sharding.partitions import is_partitioned
 
 PLAN_NAME = "merge_plan.json"
 _LOG = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ from lit_moe.checkpoints import read_config
 from lit_moe.errors import LitMoEError
 from lit_moe.models import build_model, check_unwritten
 from lit_moe.module import MoEModule
-from lit_moe.partitions import is_partitioned
 from lit_moe.refit import (
     LayerRefit,
     OnLayer,
@@ -30,6 +29,7 @@ from lit_moe.refit import (
     is_unchanged,
     refit,
 )
+from lit_moe.sharding.partitions import is_partitioned
 
 PROGRESS_FOLDER = "refit_progress"
 

@@ -19,8 +19,8 @@ from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import ReportWriter, report_writer
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
-from lit_moe.partitions import is_partitioned
 from lit_moe.plans import only_drops
+from lit_moe.sharding.partitions import is_partitioned
 from lit_moe.sparsity import (
     CubicSchedule,
     SparsityOptions,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lit_moe.adapters.site import AxisKind, ExpertAxis, MoESite
-from lit_moe.partitions import whole_numel, whole_shape
+from lit_moe.sharding.partitions import whole_numel, whole_shape
 
 
 class ParameterCounts(NamedTuple):

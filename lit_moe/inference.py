@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_moe.partitions import gathering
+from lit_moe.sharding.partitions import gathering
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from lit_moe.errors import PlanError
 from lit_moe.merge_plan import MergePlan
 from lit_moe.mixed_routing import Mixing, is_mixed
 from lit_moe.mixing import mix_, mixings, old_rows
-from lit_moe.partitions import is_managed, is_partitioned, opened
 from lit_moe.plans import Plan
+from lit_moe.sharding.partitions import is_managed, is_partitioned, opened
 from lit_moe.surgery import ShrinkReport, shrink
 
 

@@ -31,9 +31,9 @@ from lit_moe.models import (
 from lit_moe.models.vision import check_images, check_labels
 from lit_moe.optimization import OptimizerConfig as OptimizerConfig
 from lit_moe.optimization import build_optimizer, build_schedule, freeze_untrained
-from lit_moe.partitions import is_partitioned, loading_partitioned
 from lit_moe.resumable import ResumableModule
 from lit_moe.resuming import read_header
+from lit_moe.sharding.partitions import is_partitioned, loading_partitioned
 
 Batch = Mapping[str, Tensor]
 

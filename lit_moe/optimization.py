@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from lit_moe.adapters import find_sites
 from lit_moe.errors import LitMoEError
-from lit_moe.partitions import whole_shape
+from lit_moe.sharding.partitions import whole_shape
 
 Trained = Literal["all", "routers"]
 

@@ -12,8 +12,8 @@ from lit_moe.accounting import count_bytes, count_parameters
 from lit_moe.adapters import MoESite, adapter_for, count_experts, find_sites
 from lit_moe.adapters.router_mask import is_masked
 from lit_moe.mixed_routing import is_mixed
-from lit_moe.partitions import is_managed, is_partitioned, opened
 from lit_moe.plan import KeepPlan
+from lit_moe.sharding.partitions import is_managed, is_partitioned, opened
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lit_moe.adapters.router_mask import HookedMask
 from lit_moe.adapters.site import ExpertAxis, MoESite
 from lit_moe.adapters.slicing import configs_of, replace_tensor
 from lit_moe.adapters.taps import Handle
-from lit_moe.partitions import whole_shape
+from lit_moe.sharding.partitions import whole_shape
 
 _NULL_KEY = ConfigKey((), "num_null_experts")
 

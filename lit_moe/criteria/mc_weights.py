@@ -19,7 +19,7 @@ from lit_moe.criteria.base import Evidence
 from lit_moe.criteria.direction import Directed, Extreme
 from lit_moe.criteria.registry import register
 from lit_moe.criteria.weights import WeightCriterion, frobenius_norms
-from lit_moe.partitions import gathered
+from lit_moe.sharding.partitions import gathered
 from lit_moe.stats.matrices import cosines, gram_of_experts, matrices_of
 
 

@@ -17,7 +17,7 @@ from lit_moe.criteria.base import Criterion, Evidence, Need
 from lit_moe.criteria.registry import register
 from lit_moe.criteria.router_rows import CheckpointTensors, router_names, same_elsewhere
 from lit_moe.errors import LitMoEError, NoEffectWarning
-from lit_moe.partitions import gathered
+from lit_moe.sharding.partitions import gathered
 
 Measure = Literal["signed", "absolute", "difference"]
 

@@ -17,7 +17,7 @@ from lit_moe.criteria.base import Criterion, Evidence, Need
 from lit_moe.criteria.direction import Extreme
 from lit_moe.criteria.registry import register
 from lit_moe.errors import LitMoEError
-from lit_moe.partitions import gathered
+from lit_moe.sharding.partitions import gathered
 from lit_moe.stats.matrices import CHUNK, matrices_of
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from lit_moe.errors import LitMoEError
 from lit_moe.inference import evaluating
-from lit_moe.partitions import is_partitioned
+from lit_moe.sharding.partitions import is_partitioned
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lit_moe.export.remote_code import built_anew
 from lit_moe.export.staging import check_space, scratch_folder
 from lit_moe.export.verification import compare_logits
 from lit_moe.inference import evaluating
-from lit_moe.partitions import has_master, is_managed, is_partitioned, stream_whole
+from lit_moe.sharding.partitions import has_master, is_managed, is_partitioned, stream_whole
 
 
 @contextmanager

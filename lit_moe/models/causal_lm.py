@@ -14,12 +14,16 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lit_moe.assets import resolve_model
 from lit_moe.checkpoints import load, read_config
 from lit_moe.errors import LitMoEError
-from lit_moe.partitions import copy_partitions, is_partitioned, whole_shape
+from lit_moe.sharding.partitions import (
+    copy_partitions,
+    is_partitioned,
+    loads_partitioned,
+    whole_shape,
+)
 
 _VERSIONS = "shared_versions"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -154,7 +158,7 @@ def _from_architecture(architecture: dict[str, Any], dtype: DType) -> PreTrained
     chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     images = type(config) in AutoModelForImageClassification._model_mapping
     auto = AutoModelForImageClassification if images else AutoModelForCausalLM
-    if not is_deepspeed_zero3_enabled():
+    if not loads_partitioned():
         return auto.from_config(config, dtype=chosen)
     with torch.random.fork_rng():  # only the first rank draws; all shall go on alike
         return auto.from_config(config, dtype=chosen)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import LitMoEError
-from lit_moe.partitions import whole_numel, whole_shape
+from lit_moe.sharding.partitions import whole_numel, whole_shape
 
 _UNITS = {
     "b": 1,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -20,16 +20,18 @@ from torch import nn
 from torch.distributed import default_pg_timeout
 
 from lit_moe.errors import LitMoEError
-from lit_moe.module import MoEModule
-from lit_moe.partitions import mark_managed, mark_released
 from lit_moe.resuming import CheckpointHeader, read_header
 from lit_moe.sharding.checkpoints import check_sharded, written_together
 from lit_moe.sharding.environment import DeepSpeedLauncherEnvironment
 from lit_moe.sharding.frozen import load_untrained, without_teacher
 from lit_moe.sharding.memory import share_master_weights
+from lit_moe.sharding.partitions import mark_managed, mark_released
 from lit_moe.sharding.rendezvous import have_patience, meet
 from lit_moe.sharding.universal import keep_groups_apart, make_universal, universal_folder
 from lit_moe.sharding.weights import load_weights
+
+if TYPE_CHECKING:
+    from lit_moe.module import MoEModule
 
 
 class MoEDeepSpeed(DeepSpeedStrategy):
@@ -250,7 +252,7 @@ class MoEDeepSpeed(DeepSpeedStrategy):
 
     @property
     def _module(self) -> MoEModule:
-        return cast(MoEModule, self.lightning_module)
+        return cast("MoEModule", self.lightning_module)
 
 
 def _forget_compiled_collectives() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_moe.errors import LitMoEError
-from lit_moe.partitions import whole_shape
 from lit_moe.resuming import TAG, CheckpointHeader, read_stored
+from lit_moe.sharding.partitions import whole_shape
 
 
 def stored_parameters(header: CheckpointHeader) -> dict[str, Any]:

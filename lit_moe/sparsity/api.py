@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import MoESite, adapter_for, find_sites
 from lit_moe.errors import CalibrationError, LitMoEError
 from lit_moe.models import sharing_copy
-from lit_moe.partitions import gathered
+from lit_moe.sharding.partitions import gathered
 from lit_moe.sparsity.calibration import observe_inputs, walk_layers
 from lit_moe.sparsity.layers import check_widths, matrices_of, thin_layer
 from lit_moe.sparsity.layout import shapes_of, write_matrices, zero_matrices

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.adapters.base import MoEAdapter
 from lit_moe.adapters.site import MoESite
-from lit_moe.partitions import gathered, zero_shard_
+from lit_moe.sharding.partitions import gathered, zero_shard_
 from lit_moe.sparsity.layers import matrices_of
 from lit_moe.sparsity.masks import WeightMasks
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import adapter_for, count_experts
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import CalibrationError, LitMoEError
-from lit_moe.partitions import gathered
+from lit_moe.sharding.partitions import gathered
 from lit_moe.stats.accumulators import RoutedSums
 from lit_moe.stats.gathered import Gathering, OutputMoments, PairCounts, VocabularySets
 from lit_moe.stats.observation import GATHERABLE, Gathered, Observation

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import CalibrationError, UnsupportedModelError
-from lit_moe.partitions import is_partitioned
+from lit_moe.sharding.partitions import is_partitioned
 from lit_moe.stats.gradient_stats import GradientObservation, layer_stats
 from lit_moe.stats.observe import failing_together, model_inputs, shown
 

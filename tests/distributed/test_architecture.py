@@ -5,7 +5,7 @@ import torch
 
 from lit_moe import MoEModule
 from lit_moe.callbacks import OneShotPruning, ReportWriter
-from lit_moe.partitions import gathered
+from lit_moe.sharding.partitions import gathered
 from tests.distributed import runs
 from tests.distributed.runs import some
 

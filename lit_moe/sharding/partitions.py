@@ -73,6 +73,13 @@ def loading_partitioned(config: Mapping[str, Any] | None) -> Iterator[None]:
         del switch
 
 
+def loads_partitioned() -> bool:
+    """Whether models are made straight into partitions now, as in :func:`loading_partitioned`."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Let the parameters of ``module`` be whole on each rank, to be read, inside the block."""
