@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,10 +13,17 @@ from lit_moe.adapters import count_experts, find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.callbacks.base import ExpertPruning, composed, one_budget, source_of
 from lit_moe.callbacks.report import report_writer
+from lit_moe.callbacks.rewrapping import (
+    Compact,
+    check_can_rewrap,
+    check_compact,
+    unwrap,
+    wrap_again,
+)
+from lit_moe.callbacks.round_records import training_sentence, write_rounds
 from lit_moe.callbacks.round_training import restart_optimizer, set_max_steps, training_data
 from lit_moe.callbacks.rounds import (
     FineTuning,
-    as_reported,
     counts_per_round,
     mean_load_cv,
     select_round,
@@ -33,8 +39,6 @@ from lit_moe.plans import only_drops
 from lit_moe.selection import Budget, layer_counts, layer_rules
 from lit_moe.selection.counts import total_experts
 
-ROUNDS_NAME = "rounds.json"
-
 
 class IterativePruning(ExpertPruning):
     """Drops experts in rounds, re-estimating on what is left, with or without training between.
@@ -49,6 +53,10 @@ class IterativePruning(ExpertPruning):
     is resumed from a checkpoint goes on in the middle of a round. ``rounds.json`` in the run's
     folder lists what each round kept.
 
+    ``compact: each_round`` cuts them out in each round instead, and has the strategy wrap what is
+    left anew (a DeepSpeed engine, DDP): a round holds less memory the fewer experts are
+    left, for a pause at each. Callbacks with ``on_model_rebuilt(trainer, module)`` are told.
+
     With ``fine_tuning`` the number of training steps follows from it: leave ``trainer.max_steps``
     at -1.
 
@@ -62,6 +70,8 @@ class IterativePruning(ExpertPruning):
             ``super-experts`` are those of the first round.
         rounds: must divide what each layer drops; None for one expert per layer and round.
         fine_tuning: training after each round; None for none.
+        compact: when experts that go during training leave memory: at the ``end`` of it, or in
+            ``each_round``, which needs ``fine_tuning.optimizer: reset``.
     """
 
     def __init__(
@@ -74,11 +84,13 @@ class IterativePruning(ExpertPruning):
         protect: list[str] | None = None,
         rounds: int | None = None,
         fine_tuning: FineTuning | None = None,
+        compact: Compact = "end",
     ) -> None:
         amount = one_budget(keep_ratio, budget)
         super().__init__(criterion, criterion_options, amount, unrouted, protect)
         self.rounds = rounds
         self.fine_tuning = fine_tuning
+        self.compact = compact
         self._check_fields()
         self._start()
 
@@ -112,6 +124,8 @@ class IterativePruning(ExpertPruning):
         writer = self.begin(trainer, module)
         if writer is None:
             return
+        if self.compact == "each_round":
+            check_can_rewrap(trainer)
         sites = find_sites(module.built_model)
         self._plan_rounds(trainer, module, sites)
         plan = only_drops(module.checkpoint_plan(), purpose="going on with rounds of dropping")
@@ -181,7 +195,7 @@ class IterativePruning(ExpertPruning):
         if self._mask is not None:
             self._cut_for_good(trainer, pl_module)
         self.record(trainer, pl_module, self.criterion.name)
-        self._write_rounds(trainer)
+        write_rounds(trainer, self._steps, self._records)
 
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
         """When the run breaks. Shows all experts again."""
@@ -236,6 +250,7 @@ class IterativePruning(ExpertPruning):
             )
         if self.rounds is not None and self.rounds < 1:
             raise LitMoEError(f"rounds={self.rounds} must be at least 1")
+        check_compact(self.compact, self.fine_tuning)
         if "forward" in self.criterion.needs and self.fine_tuning is not None:
             raise LitMoEError(
                 f"criterion {self.criterion.name!r} uses masks of its own, which rounds during "
@@ -304,6 +319,8 @@ class IterativePruning(ExpertPruning):
         mask = self._decide(trainer, module)
         self._show()
         self._mask = mask
+        if self.compact == "each_round":
+            self._cut_and_wrap_again(trainer, module)
         self._hide(module)
         self._finish_round(trainer, module)
         self._measure_last(trainer, module)
@@ -326,7 +343,7 @@ class IterativePruning(ExpertPruning):
                 "kept": {name: list(ids) for name, ids in whole.kept.items()},
             }
         )
-        self._write_rounds(trainer)
+        write_rounds(trainer, self._steps, self._records)
 
     def _measure_last(self, trainer: Trainer, module: MoEModule) -> None:
         if self._round == len(self._keep):
@@ -349,39 +366,33 @@ class IterativePruning(ExpertPruning):
         if self.fine_tuning is not None and self.fine_tuning.optimizer == "reset" and self._round:
             restart_optimizer(trainer, module.optimizer_config, self._steps[self._round - 1])
 
-    def _cut_for_good(self, trainer: Trainer, module: MoEModule) -> None:
+    def _cut_and_wrap_again(self, trainer: Trainer, module: MoEModule) -> None:
+        self._cut_masked(trainer, module)
+        wrap_again(trainer)
+        told: Any
+        for told in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(told, "on_model_rebuilt"):
+                told.on_model_rebuilt(trainer, module)
+
+    def _cut_masked(self, trainer: Trainer, module: MoEModule) -> None:
         self._show()
         assert self._mask is not None
-        release = getattr(trainer.strategy, "release_model", None)
-        if release is not None:
-            release()
+        unwrap(trainer)
         self.cut(trainer, module, self._mask)
         self._mask = None
+
+    def _cut_for_good(self, trainer: Trainer, module: MoEModule) -> None:
+        self._cut_masked(trainer, module)
         # Moments of experts that are gone fit no parameter any more.
         trainer.strategy.setup_optimizers(trainer)
 
     def _note_training(self, trainer: Trainer, left: int) -> None:
-        assert self.fine_tuning is not None
-        total = self.tokens_trained(trainer)
-        sentence = (
-            f"{len(self._keep)} rounds of dropping by {self.criterion.name}, fine-tuned on "
-            f"{total:,} tokens in total ({trainer.global_step:,} steps)"
-        )
-        idle = sum(steps == 0 for steps in self._steps)
-        if left or idle:
-            sentence += f"; training ended early: {max(left, idle)} rounds had none after them"
+        tokens, done = self.tokens_trained(trainer), trainer.global_step
+        name = self.criterion.name
+        sentence = training_sentence(self._steps, done, tokens, left=left, name=name)
         report_writer(trainer).report.warnings.append(sentence)
 
     def tokens_trained(self, trainer: Trainer) -> int:
         """Return the tokens that all ranks were trained on so far. Collective."""
         tokens = torch.tensor(self._tokens, device=trainer.strategy.root_device)
         return int(torch.as_tensor(trainer.strategy.reduce(tokens, reduce_op="sum")))
-
-    def _write_rounds(self, trainer: Trainer) -> None:
-        writer = report_writer(trainer)
-        writer.report.rounds = [as_reported(record) for record in self._records]
-        folder = writer.folder
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"steps": self._steps, "rounds": self._records}, indent=2)
-            (folder / ROUNDS_NAME).write_text(text + "\n", encoding="utf-8")

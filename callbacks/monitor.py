@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.module import MoEModule
+from lit_moe.plans import Plan
 
 _PIXELS = 12
 
@@ -42,14 +43,35 @@ class ExpertMonitor(Callback):
         self.every_n_steps = every_n_steps
         self._counts: dict[str, Tensor] = {}
         self._history: dict[str, list[np.ndarray]] = {}
+        self._rows: dict[str, list[int]] = {}
+        self._first: dict[str, list[Any]] = {}
         self._handles: list[Any] = []
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When training begins, also after a resume. Attaches the counters and logs the plan."""
-        model = pl_module.built_model
         self._last_step = trainer.global_step
         self._history.clear()
+        self._attach(pl_module)
+        self._first = {name: _members(pl_module, name, len(c)) for name, c in self._counts.items()}
+        self._rows = {name: list(range(len(c))) for name, c in self._counts.items()}
+        writer = _writer(trainer)
+        if writer is not None and pl_module.plan is not None:
+            _show_plan(writer, pl_module.plan, trainer.global_step)
+
+    def on_model_rebuilt(self, trainer: Trainer, module: MoEModule) -> None:
+        """When experts were cut out in the middle of training. Counts those that are left."""
+        self._detach()
+        self._attach(module)
+        for name, counts in self._counts.items():
+            left = _members(module, name, len(counts))
+            self._rows[name] = [self._first[name].index(expert) for expert in left]
+        writer = _writer(trainer)
+        if writer is not None and module.plan is not None:
+            _show_plan(writer, module.plan, trainer.global_step)
+
+    def _attach(self, module: MoEModule) -> None:
+        model = module.built_model
         adapter = adapter_for(model.config)
         for site in find_sites(model):
             self._counts[site.name] = torch.zeros(site.num_experts, dtype=torch.float64)
@@ -60,15 +82,6 @@ class ExpertMonitor(Callback):
                 experts = model.get_submodule(site.experts)
                 hook = experts.register_forward_pre_hook(_index_of(count), with_kwargs=True)
                 self._handles.append(hook)
-        writer = _writer(trainer)
-        if writer is not None and pl_module.plan is not None:
-            text = "\n".join(
-                f"    {name}: {_named(pl_module.plan.members(name))}" for name in pl_module.plan
-            )
-            writer.add_text("experts/plan", text, trainer.global_step)
-            writer.add_image(
-                "experts/kept", kept_map(pl_module.plan), trainer.global_step, dataformats="HW"
-            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: MoEModule, *_: Any) -> None:  # type: ignore[override]
         """After each batch. Every ``every_n_steps`` steps reduces, logs and forgets the counts."""
@@ -82,7 +95,9 @@ class ExpertMonitor(Callback):
             counts.zero_()
             if load.sum() == 0:
                 continue
-            self._history.setdefault(name, []).append((load / load.max()).numpy())
+            column = np.zeros(len(self._first[name]))
+            column[self._rows[name]] = (load / load.max()).numpy()
+            self._history.setdefault(name, []).append(column)
             measures = {f"experts/{name}/{k}": v for k, v in load_measures(load).items()}
             for logger in trainer.loggers:
                 logger.log_metrics(measures, step=step)
@@ -116,6 +131,20 @@ class ExpertMonitor(Callback):
             counts.add_(torch.bincount(ids[ids < len(counts)], minlength=len(counts)))
 
         return count
+
+
+def _members(module: MoEModule, name: str, num_experts: int) -> list[Any]:
+    """Return which experts of the loaded model those of a layer are or were made of."""
+    plan = module.plan
+    if plan is None or name not in list(plan):
+        return [(expert,) for expert in range(num_experts)]
+    return list(plan.members(name))
+
+
+def _show_plan(writer: SummaryWriter, plan: Plan, step: int) -> None:
+    text = "\n".join(f"    {name}: {_named(plan.members(name))}" for name in plan)
+    writer.add_text("experts/plan", text, step)
+    writer.add_image("experts/kept", kept_map(plan), step, dataformats="HW")
 
 
 def load_measures(load_E: Tensor) -> dict[str, float]:

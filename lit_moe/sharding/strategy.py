@@ -232,6 +232,14 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             self.model = self.lightning_module
             mark_released(self._module)
 
+    def wrap_again(self) -> None:
+        """Give a released model, whose parameters may be others now, a new engine. Collective.
+
+        Optimizer and schedule begin anew; weights that were trained in bf16 lose the digits that
+        only their float32 masters had.
+        """
+        self.init_deepspeed()
+
     @property
     def _patience_later(self) -> timedelta:
         return self._timeout or default_pg_timeout

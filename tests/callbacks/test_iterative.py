@@ -1,6 +1,5 @@
 """Rounds of dropping: one-shot, iterative and lottery by one driver, exact against plain loops."""
 
-import json
 from pathlib import Path
 
 import lightning as L
@@ -18,58 +17,16 @@ from lit_moe.callbacks.iterative import IterativePruning
 from lit_moe.callbacks.rounds import FineTuning
 from lit_moe.distill.losses import next_token_loss
 from lit_moe.errors import LitMoEError
-from lit_moe.module import OptimizerConfig
 from lit_moe.plan import KeepPlan
-
-NO_QUALITY = {"measure_quality": False, "figures": False}
-LAYERS = ("model.layers.0.mlp", "model.layers.1.mlp")
-RATE = 1e-2
-
-
-def steps(first=2, **options):
-    return FineTuning(
-        **{"first": first, "growth": 1.0, "unit": "steps", "when_data_ends": "repeat", **options}
-    )
-
-
-class Watch(L.Callback):
-    """Notes batches, learning rates, and whether moments are empty; saves once."""
-
-    def __init__(self, save_at=None, path=None):
-        self.save_at, self.path = save_at, path
-        self.rates, self.empty, self.batches = [], [], []
-
-    def on_before_optimizer_step(self, *hook):
-        optimizer = hook[2]
-        self.rates.append(optimizer.param_groups[0]["lr"])
-        state = list(optimizer.state.values())
-        self.empty.append(all(not s["exp_avg"].any() and s["step"] == 0 for s in state))
-
-    def on_train_batch_start(self, *hook):
-        self.batches.append(hook[2]["input_ids"])
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.save_at:
-            trainer.save_checkpoint(self.path)
-
-
-@pytest.fixture
-def run(checkpoint, make_data, make_trainer):
-    """Return a function that fits with some callbacks; all blocks make one batch."""
-
-    def fit(*callbacks, resume_from=None, schedule="constant", writer=None, **options):
-        torch.manual_seed(0)
-        data = make_data(batch_size=len(make_data().blocks("train")))
-        writer = writer or ReportWriter(**NO_QUALITY)
-        defaults = {"max_steps": -1, "max_epochs": -1}
-        trainer = make_trainer(*callbacks, writer, **{**defaults, **options})
-        config = OptimizerConfig(learning_rate=RATE, schedule=schedule)
-        module = MoEModule(str(checkpoint), optimizer=config)
-        module.resume_from = resume_from
-        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
-        return trainer, module, writer
-
-    return fit
+from tests.callbacks.lotteries import (
+    LAYERS,
+    NO_QUALITY,
+    RATE,
+    Watch,
+    assert_same_weights,
+    rounds_of,
+    steps,
+)
 
 
 def by_hand(checkpoint, data, keeps, batches, criterion):
@@ -90,17 +47,6 @@ def by_hand(checkpoint, data, keeps, batches, criterion):
             adam.zero_grad()
         model.eval()
     return model, plan
-
-
-def assert_same_weights(mine, theirs, tolerance):
-    for (name, a), (_, b) in zip(
-        mine.state_dict().items(), theirs.state_dict().items(), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=name)
-
-
-def rounds_of(trainer):
-    return json.loads((Path(trainer.log_dir) / "rounds.json").read_text())
 
 
 @pytest.mark.parametrize("criterion", ["ean", "ecc", "reap"])

@@ -14,12 +14,14 @@ pytestmark = pytest.mark.distributed
 OPTIONS = {"max_steps": -1, "max_epochs": -1, "enable_checkpointing": True}
 
 
-def rounds(folder=None, every=100):
+def rounds(folder=None, every=100, compact="end"):
     def callbacks():
         training = FineTuning(first=2, growth=1.5, unit="steps", when_data_ends="repeat")
         return [
             ReportWriter(figures=False),
-            IterativePruning("ean", keep_ratio=0.5, rounds=4, fine_tuning=training),
+            IterativePruning(
+                "ean", keep_ratio=0.5, rounds=4, fine_tuning=training, compact=compact
+            ),
             ExportModel(),
             ModelCheckpoint(
                 dirpath=None if folder is None else str(folder),
@@ -32,10 +34,11 @@ def rounds(folder=None, every=100):
     return callbacks
 
 
+@pytest.mark.parametrize("compact", ["end", "each_round"])
 @pytest.mark.parametrize("mode", some(["zero2", "zero3"], ["ddp", "zero1", "zero3-sharded-load"]))
-def test_rounds_under_deepspeed_are_those_of_one_process(setup, mode):
+def test_rounds_under_deepspeed_are_those_of_one_process(setup, mode, compact):
     one = setup.fit("single", callbacks=rounds(), **OPTIONS)[0]
-    two = setup.fit(mode, callbacks=rounds(), **OPTIONS)[0]
+    two = setup.fit(mode, callbacks=rounds(compact=compact), **OPTIONS)[0]
     assert two == pytest.approx(one, abs=1e-4)
     folders = [setup.folder / "run" / name for name in ("single", mode)]
     plans = [KeepPlan.load(folder / "plan.json") for folder in folders]
@@ -48,13 +51,14 @@ def test_rounds_under_deepspeed_are_those_of_one_process(setup, mode):
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-3)
 
 
-def test_resumed_in_the_middle_of_a_round_under_zero3(setup):
+@pytest.mark.parametrize("compact", ["end", pytest.param("each_round", marks=pytest.mark.slow)])
+def test_resumed_in_the_middle_of_a_round_under_zero3(setup, compact):
     folder = setup.folder / "checkpoints"
-    losses = setup.fit("zero3", callbacks=rounds(folder, every=4), **OPTIONS)[0]
+    losses = setup.fit("zero3", callbacks=rounds(folder, every=4, compact=compact), **OPTIONS)[0]
     resumed = setup.fit(
         "zero3",
         "again",
-        callbacks=rounds(setup.folder / "new"),
+        callbacks=rounds(setup.folder / "new", compact=compact),
         resume=str(folder / "step=4.ckpt"),
         **OPTIONS,
     )[0]
