@@ -55,8 +55,16 @@ class RowFitness(Fitness, ABC):
         """
 
     def compress(self, logits_BSV: Tensor, batch: RowBatch) -> Compressed:
-        """Return what is kept of the whole model's logits."""
-        raise NotImplementedError
+        """Return what is kept of the whole model's logits.
+
+        Raises:
+            LitMoEError: for a measure that ``needs_whole`` and does not say what of it.
+        """
+        del logits_BSV, batch
+        raise LitMoEError(
+            f"fitness {self.name} compares with the whole model (needs_whole), but does not say "
+            "what of its logits is kept; give it a method compress(logits_BSV, batch)"
+        )
 
 
 class NegativeLoss(RowFitness):

@@ -287,3 +287,14 @@ def test_measures_that_the_samples_cannot_serve_are_refused(model, tokenizer):
         WrittenAnswers("bleu")  # type: ignore[arg-type]
     with pytest.raises(LitMoEError, match="tokens=0 at least 1"):
         Agreement(tokens=0)
+
+
+class _Comparing(NegativeLoss):
+    needs_whole = True
+
+
+def test_a_measure_that_keeps_nothing_of_the_whole_model_is_told_so(model):
+    measures = Measures(_Comparing(), NegativeLoss(), batch_size=4)
+    scorer = SplitScorer(live_of(model), text_data(), measures)
+    with pytest.raises(LitMoEError, match="_Comparing compares with the whole model"):
+        scorer.learn_whole()
