@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 import lit_moe
 from lit_moe.adapters import adapter_for, find_sites
@@ -57,6 +57,7 @@ def run_ablation(pairs: int = 3) -> str:
     models = {
         "embedded: 4 layers, 16 experts": build_model("embedded", dtype="float32"),
         "hidden 512: 6 layers, 8 experts": _model("8 experts, top-2", "fp32"),
+        "hidden 256: 12 layers, 8 experts": _deep(),
     }
     rows = []
     for name, model in models.items():
@@ -74,6 +75,20 @@ def run_ablation(pairs: int = 3) -> str:
         "ratio",
     ]
     return markdown(header, rows)
+
+
+def _deep() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @torch.no_grad()
