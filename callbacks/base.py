@@ -16,12 +16,14 @@ from lit_moe.adapters.site import MoESite
 from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import ReportWriter, report_writer
 from lit_moe.criteria import (
+    Criterion,
     Evidence,
     UnroutedRule,
     apply_unrouted,
     get_criterion,
     score_evidence,
 )
+from lit_moe.distill.images import takes_images
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
@@ -37,6 +39,7 @@ from lit_moe.selection import (
 from lit_moe.sharding.partitions import is_partitioned
 from lit_moe.stats import GATHERABLE, GradientObservation, Observation, observe, observe_gradients
 from lit_moe.surgery import shrink
+from lit_moe.vmoe.configuration import num_tokens
 
 SUPER_EXPERTS = "super-experts"
 Kept = Mapping[str, Sequence[int]]
@@ -117,6 +120,8 @@ class ExpertPruning(Callback):
                 "strategy loads it in shares: set shard_on_load: false in trainer.strategy."
                 "init_args, or take a criterion of routing, activations or weights"
             )
+        if takes_images(module.built_model):
+            _check_takes_images(self.criterion)
         if self.criterion.needs - {"weights"}:
             calibration_share(trainer)  # a missing file should not show after an evaluation
         return budget
@@ -146,7 +151,7 @@ class ExpertPruning(Callback):
             gradients=self._observe_gradients(trainer, module),
             model=module.built_model,
             sites=sites,
-            batches=self._batches(trainer),
+            batches=self._batches(trainer, module),
             keep=keep,
             seed=(report_writer(trainer).report.seed or 0) + seed,
             alive=None if alive is None else {name: tuple(ids) for name, ids in alive.items()},
@@ -243,19 +248,37 @@ class ExpertPruning(Callback):
                 f"unrouted={self.unrouted!r} decided about them"
             )
 
-    def _batches(self, trainer: Trainer) -> Iterable[dict[str, Tensor]] | None:
+    def _batches(self, trainer: Trainer, module: MoEModule) -> Iterable[dict[str, Tensor]] | None:
         """Return this rank's calibration batches for criteria that run the model."""
         if "forward" not in self.criterion.needs:
             return None
         device = trainer.strategy.root_device
+        names = ("input_ids", "attention_mask", "pixel_values")
         batches = [
-            {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
+            {k: batch[k].to(device) for k in names if k in batch}
             for batch in calibration_share(trainer)
         ]
-        tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum()
+        tokens = torch.tensor(sum(_count(batch, module) for batch in batches), device=device)
         total = trainer.strategy.reduce(tokens, reduce_op="sum")
         report_writer(trainer).report.calibration.tokens = int(total)
         return batches
+
+
+def _check_takes_images(criterion: Criterion) -> None:
+    if "gradients" in criterion.needs or not criterion.takes_images:
+        raise LitMoEError(
+            f"criterion {criterion.name!r} needs text to run the model on, which an image "
+            "classifier does not read; take router_change, importance, reap, obs or another "
+            "criterion of routing, activations or weights"
+        )
+
+
+def _count(batch: Mapping[str, Tensor], module: MoEModule) -> int:
+    """Return the tokens of a batch; images are as many each as the model cuts them into."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    config: Any = module.built_model.config
+    return len(batch["pixel_values"]) * num_tokens(config)
 
 
 def source_of(module: MoEModule) -> str | None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from lightning import Trainer
 
-from lit_moe.adapters import count_experts, find_sites
+from lit_moe.adapters import find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.callbacks.base import ExpertPruning, composed, one_budget, source_of
+from lit_moe.callbacks.hiding import HiddenExperts
 from lit_moe.callbacks.report import report_writer
 from lit_moe.callbacks.rewrapping import (
     Compact,
@@ -32,7 +33,6 @@ from lit_moe.callbacks.rounds import (
 )
 from lit_moe.criteria import UnroutedRule
 from lit_moe.errors import LitMoEError
-from lit_moe.masking import RouterMask
 from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
 from lit_moe.plans import only_drops
@@ -100,8 +100,7 @@ class IterativePruning(ExpertPruning):
         self._round = 0
         self._ended = 0
         self._tokens = 0
-        self._mask: KeepPlan | None = None
-        self._router_mask: RouterMask | None = None
+        self._hidden = HiddenExperts()
         self._protected: dict[str, frozenset[int]] | None = None
         self._records: list[dict[str, Any]] = []
         self._load_cv: float | None = None
@@ -145,24 +144,24 @@ class IterativePruning(ExpertPruning):
 
     def on_fit_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When the strategy has wrapped the model, before optimizer states are restored."""
-        self._hide(pl_module)
+        self._hidden.hide(pl_module.built_model)
         self._begin_schedule(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When training begins. Hides experts again, if something removed hooks meanwhile."""
-        self._hide(pl_module)
+        self._hidden.hide(pl_module.built_model)
 
     def on_validation_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When a validation begins; DeepSpeed's set-up for it removes hooks."""
-        self._hide(pl_module)
+        self._hidden.hide(pl_module.built_model)
 
     def on_test_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When a test begins; also of a checkpoint from the middle of the rounds."""
-        self._hide(pl_module)
+        self._hidden.hide(pl_module.built_model)
 
     def on_predict_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When a prediction begins."""
-        self._hide(pl_module)
+        self._hidden.hide(pl_module.built_model)
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: Trainer, pl_module: MoEModule, batch: Any, batch_idx: int
@@ -192,14 +191,14 @@ class IterativePruning(ExpertPruning):
         if self.fine_tuning is None:
             return
         self._note_training(trainer, left)
-        if self._mask is not None:
+        if self._hidden.plan is not None:
             self._cut_for_good(trainer, pl_module)
         self.record(trainer, pl_module, self.criterion.name)
         write_rounds(trainer, self._steps, self._records)
 
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
         """When the run breaks. Shows all experts again."""
-        self._show()
+        self._hidden.show()
 
     def on_round_end(self, trainer: Trainer, module: MoEModule, number: int) -> None:
         """When the experts of a round are gone and its training, if any, is done; for subclasses.
@@ -219,13 +218,13 @@ class IterativePruning(ExpertPruning):
 
     def alive(self, module: MoEModule) -> KeepPlan:
         """Return the experts that are left, in the numbering of the model as it now is."""
-        return self._mask or KeepPlan.identity(count_experts(find_sites(module.built_model)))
+        return self._hidden.alive(module.built_model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where in the rounds the run is."""
         return {
             "round": self._round,
-            "mask": None if self._mask is None else self._mask.to_dict(),
+            "mask": self._hidden.state(),
             "tokens": self._tokens,
             "protected": {k: sorted(ids) for k, ids in (self._protected or {}).items()},
             "records": self._records,
@@ -235,8 +234,7 @@ class IterativePruning(ExpertPruning):
         """When a run resumes, or a checkpoint is tested. Goes on where it was."""
         self._round = state_dict["round"]
         self._ended = max(0, self._round - 1)
-        mask = state_dict["mask"]
-        self._mask = mask and KeepPlan.from_dict(mask)
+        self._hidden.load_state(state_dict["mask"])
         self._tokens = state_dict["tokens"]
         self._protected = {k: frozenset(ids) for k, ids in state_dict["protected"].items()}
         self._records = list(state_dict["records"])
@@ -287,7 +285,7 @@ class IterativePruning(ExpertPruning):
             sites,
             keep=None if isinstance(keep, int) else keep,
             seed=self._round,
-            alive=None if self._mask is None else alive.kept,
+            alive=None if self._hidden.plan is None else alive.kept,
         )
         if self._protected is None:
             assert self.budget is not None
@@ -317,11 +315,9 @@ class IterativePruning(ExpertPruning):
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)  # of the step that is over; frees memory
         mask = self._decide(trainer, module)
-        self._show()
-        self._mask = mask
+        self._hidden.hide(module.built_model, mask)
         if self.compact == "each_round":
             self._cut_and_wrap_again(trainer, module)
-        self._hide(module)
         self._finish_round(trainer, module)
         self._measure_last(trainer, module)
         self._begin_schedule(trainer, module)
@@ -349,18 +345,6 @@ class IterativePruning(ExpertPruning):
         if self._round == len(self._keep):
             report_writer(trainer).measure(trainer, module, "pruned")
 
-    def _hide(self, module: MoEModule) -> None:
-        """Hide the experts that are to go, also if the hooks of an earlier call were removed."""
-        self._show()
-        if self._mask is not None:
-            self._router_mask = RouterMask(module.built_model, self._mask)
-            self._router_mask.attach()
-
-    def _show(self) -> None:
-        if self._router_mask is not None:
-            self._router_mask.detach()
-            self._router_mask = None
-
     def _begin_schedule(self, trainer: Trainer, module: MoEModule) -> None:
         """Begin with empty moments and a learning rate of the round's own, unless it goes on."""
         if self.fine_tuning is not None and self.fine_tuning.optimizer == "reset" and self._round:
@@ -375,11 +359,10 @@ class IterativePruning(ExpertPruning):
                 told.on_model_rebuilt(trainer, module)
 
     def _cut_masked(self, trainer: Trainer, module: MoEModule) -> None:
-        self._show()
-        assert self._mask is not None
+        plan = self._hidden.release()
+        assert plan is not None
         unwrap(trainer)
-        self.cut(trainer, module, self._mask)
-        self._mask = None
+        self.cut(trainer, module, plan)
 
     def _cut_for_good(self, trainer: Trainer, module: MoEModule) -> None:
         self._cut_masked(trainer, module)

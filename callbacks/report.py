@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -32,6 +33,7 @@ from lit_moe.report import (
 )
 
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
+_RANDOM = "random weights"
 _MEASURED_BEFORE = (
     "quality",
     "tasks",
@@ -57,11 +59,15 @@ class ReportWriter(Callback):
     Args:
         measure_quality: evaluate the test split before pruning, after it, and after recovery.
         figures: draw PNG figures (needs matplotlib: ``pip install 'lit-moe[plots]'``).
+        measure_before: evaluate before training also where no callback changes the model.
     """
 
-    def __init__(self, measure_quality: bool = True, figures: bool = True) -> None:
+    def __init__(
+        self, measure_quality: bool = True, figures: bool = True, measure_before: bool = False
+    ) -> None:
         self.measure_quality = measure_quality
         self.figures = figures
+        self.measure_before = measure_before
         self.scores: dict[str, Tensor] = {}
         self.loads: dict[str, Tensor] = {}
         self._report: RunReport | None = None
@@ -84,11 +90,14 @@ class ReportWriter(Callback):
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         self._show = trainer.is_global_zero
         self._report = RunReport.start(
-            source=module.model_name_or_path,
+            source=module.model_name_or_path if module.architecture is None else _RANDOM,
             family=module.built_model.config.model_type,
             seed=None if seed is None else int(seed),
         )
         self.count(module, "before")
+        if self.measure_before and trainer.state.fn == TrainerFn.FITTING:
+            module.to(trainer.strategy.root_device)
+            self.measure(trainer, module, "before")
 
     def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
         """Before the model is built. Begins a new report for each fit."""

@@ -10,14 +10,14 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from lit_moe.adapters import adapter_for, count_experts, find_sites
+from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.callbacks.base import ExpertPruning, source_of
+from lit_moe.callbacks.hiding import HiddenExperts
 from lit_moe.callbacks.report import report_writer
+from lit_moe.callbacks.rewrapping import unwrap
 from lit_moe.errors import LitMoEError
-from lit_moe.masking import RouterMask
 from lit_moe.module import MoEModule
-from lit_moe.plan import KeepPlan
 from lit_moe.plans import only_drops
 from lit_moe.selection import keep_top_per_group
 from lit_moe.stats.slots import Slots
@@ -62,8 +62,7 @@ class TaskSpecificPruning(ExpertPruning):
         self._start()
 
     def _start(self) -> None:
-        self._mask: KeepPlan | None = None
-        self._router_mask: RouterMask | None = None
+        self._hidden = HiddenExperts()
         self._gates: dict[str, Tensor] = {}
         self._tap = ExitStack()
         self._token_mask = TokenMask()
@@ -102,10 +101,22 @@ class TaskSpecificPruning(ExpertPruning):
         for site in self._sites:
             zeros = torch.zeros(site.num_experts, dtype=torch.float64)
             self._gates.setdefault(site.name, zeros)
-        self._hide(pl_module)
+        self._hidden.hide(pl_module.built_model)
         self._tap.enter_context(
             tapped(pl_module.built_model, self._sites, _GateSums(self._gates), self._token_mask)
         )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When a validation begins, also of a checkpoint from the middle of the training."""
+        self._hidden.hide(pl_module.built_model)
+
+    def on_test_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When a test begins."""
+        self._hidden.hide(pl_module.built_model)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When a prediction begins."""
+        self._hidden.hide(pl_module.built_model)
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: Trainer, pl_module: MoEModule, batch: Any, batch_idx: int
@@ -123,38 +134,34 @@ class TaskSpecificPruning(ExpertPruning):
     def on_train_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When training ends, before any export. Cuts experts out for good."""
         self._tap.close()
-        self._show()
-        if self._mask is None:
+        plan = self._hidden.release()
+        if plan is None:
             report_writer(trainer).report.warnings.append(
                 f"no expert fell below beta / Z = {self.beta:g} / Z in any window, so none was "
                 "dropped; raise beta"
             )
             return
-        release = getattr(trainer.strategy, "release_model", None)
-        if release is not None:
-            release()
-        self.cut(trainer, pl_module, self._mask)
-        self._mask = None
+        unwrap(trainer)
+        self.cut(trainer, pl_module, plan)
         trainer.strategy.setup_optimizers(trainer)  # moments of experts that are gone fit nothing
         self.record(trainer, pl_module, "task-specific proficiency")
 
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
         """When the run breaks. Shows all experts again."""
         self._tap.close()
-        self._show()
+        self._hidden.show()
 
     def state_dict(self) -> dict[str, Any]:
         """Return which experts are gone, and what this window has seen."""
         return {
-            "mask": None if self._mask is None else self._mask.to_dict(),
+            "mask": self._hidden.state(),
             "gates": {name: gates.tolist() for name, gates in self._gates.items()},
             "done": self._done,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """When a run resumes. Goes on in the middle of the window."""
-        mask = state_dict["mask"]
-        self._mask = mask and KeepPlan.from_dict(mask)
+        self._hidden.load_state(state_dict["mask"])
         self._done = state_dict["done"]
         self._gates = {
             name: torch.tensor(gates, dtype=torch.float64)
@@ -166,7 +173,7 @@ class TaskSpecificPruning(ExpertPruning):
 
     def _is_forced(self, module: MoEModule) -> bool:
         fewest = self._fewest(module)
-        counts = count_experts(self._sites) if self._mask is None else self._mask.counts
+        counts = self._hidden.alive(module.built_model).counts
         return all(counts[name] == fewest[name] for name in counts)
 
     def _fewest(self, module: MoEModule) -> dict[str, int]:
@@ -185,7 +192,7 @@ class TaskSpecificPruning(ExpertPruning):
         for gates in self._gates.values():
             if not force:
                 gates.zero_()
-        alive = self._mask or KeepPlan.identity(count_experts(self._sites))
+        alive = self._hidden.alive(module.built_model)
         fewest = self._fewest(module)
         counts = {
             site.name: fewest[site.name]
@@ -204,9 +211,8 @@ class TaskSpecificPruning(ExpertPruning):
         if plan.counts == alive.counts:
             return
         family = module.built_model.config.model_type
-        self._show()
-        self._mask = plan.made_for(family=family, source=source_of(module))
-        self._hide(module)
+        made = plan.made_for(family=family, source=source_of(module))
+        self._hidden.hide(module.built_model, made)
         report_writer(trainer).report.warnings.append(
             f"step {trainer.global_step}: {sum(alive.counts.values())} -> "
             f"{sum(plan.counts.values())} experts{' (forced)' if force else ''}"
@@ -220,17 +226,6 @@ class TaskSpecificPruning(ExpertPruning):
         wanted = int((values >= self.beta / len(alive)).sum())
         legal = adapter_for(module.built_model.config).legal_counts(site)
         return min(n for n in legal if n >= min(wanted, len(alive)))
-
-    def _hide(self, module: MoEModule) -> None:
-        self._show()
-        if self._mask is not None:
-            self._router_mask = RouterMask(module.built_model, self._mask)
-            self._router_mask.attach()
-
-    def _show(self) -> None:
-        if self._router_mask is not None:
-            self._router_mask.detach()
-            self._router_mask = None
 
 
 class _GateSums:

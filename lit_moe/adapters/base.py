@@ -284,6 +284,14 @@ class MoEAdapter:
         """Return whether the experts dispatch through transformers' registry of implementations."""
         return "contract" if site.registered else "custom"
 
+    def tokens_given(self, model: PreTrainedModel, site: MoESite) -> Tensor | None:
+        """Return which tokens of the batch the experts are being given, None for all in order.
+
+        To be asked while the experts run.
+        """
+        del model, site
+        return None
+
     def attach_slots(self, model: PreTrainedModel, site: MoESite, on_slots: OnSlots) -> Handle:
         """Observe experts that do not dispatch through the registry, at the price of a forward.
 

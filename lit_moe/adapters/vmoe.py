@@ -79,6 +79,11 @@ class VMoEAdapter(MoEAdapter):
         hidden = sorted(set(range(site.num_experts)) - set(keep))
         return HookedMask(model.get_submodule(site.router), functools.partial(_hide, hidden))
 
+    def tokens_given(self, model: PreTrainedModel, site: MoESite) -> Tensor | None:
+        """Return the tokens of the slots that found room, see the base class."""
+        tokens = getattr(model.get_submodule(site.name), "slot_tokens", None)
+        return tokens if isinstance(tokens, Tensor) else None
+
     def _rows(self, model: PreTrainedModel, site: MoESite) -> Tensor:
         return model.get_parameter(site.rows("router")[0].name)
 

@@ -117,10 +117,12 @@ class Criterion(ABC):
         name: set by ``@register``; for a class that is not registered, its class name.
         needs: what must be in the evidence. Known before calibration, so that callers measure
             only what is wanted.
+        takes_images: whether experts of image classifiers can be scored.
     """
 
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset()
+    takes_images: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -55,6 +55,7 @@ class NAEE(Criterion):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"forward"})
+    takes_images: ClassVar[bool] = False
 
     max_tokens: int = 4096
     max_subsets: int = 2000

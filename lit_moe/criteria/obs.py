@@ -126,11 +126,14 @@ def _check_linear(
 ) -> None:
     """Refuse families whose experts' outputs are not linear in their features."""
     adapter, accepted = adapter_for(model.config), body_inputs(model)
-    few = {
-        k: v[:1].to(model.device) if k == "pixel_values" else v[:1, :_PROBED].to(model.device)
-        for k, v in batches[0].items()
-        if k in accepted
-    }
+    given = {k: v for k, v in batches[0].items() if k in accepted}
+    if set(given) == {"pixel_values"}:  # all tokens of one image may go where no expert is
+        few = {"pixel_values": given["pixel_values"][:_PROBED].to(model.device)}
+    else:
+        few = {
+            k: v[:1].to(model.device) if k == "pixel_values" else v[:1, :_PROBED].to(model.device)
+            for k, v in given.items()
+        }
     with evaluating(model):
         for site in sites:
             check_linear(model, adapter, site, lambda: run_body(model, few))

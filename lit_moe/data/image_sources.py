@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lit_moe.data.stored_images import ImageForm, StoredImages, turned_labels
 from lit_moe.errors import LitMoEError
 
 DIGITS = "digits"
@@ -41,9 +40,23 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
 
-    def rows(self, index: Tensor | slice) -> LabelledImages:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image."""
+        return tuple(self.pixels.shape[1:])
+
+    def rows(self, index: Tensor | slice) -> Self:
         """Return some of the images."""
         return replace(self, pixels=self.pixels[index], labels=self.labels[index])
+
+    def turned(self, quarters: Sequence[int]) -> Self:
+        """Return the images once for each number of quarter turns, classes told apart."""
+        pixels = torch.cat([torch.rot90(self.pixels, count, (2, 3)) for count in quarters])
+        labels, names = turned_labels(self.labels, self.names, quarters)
+        return replace(self, pixels=pixels, labels=labels, names=names)
+
+
+Images = LabelledImages | StoredImages
 
 
 def load_images(
@@ -67,16 +80,72 @@ def load_images(
     Raises:
         LitMoEError: if the source is missing, holds no image or no label, or images differ in size.
     """
-    found = _digits() if source == DIGITS else _from_datasets(source, split, channels, columns)
-    pixels = found.pixels.expand(-1, channels, -1, -1)
-    if image_size is not None and pixels.shape[-2:] != (image_size, image_size):
-        pixels = F.interpolate(
-            pixels, (image_size, image_size), mode="bilinear", antialias=True
-        ).clamp(0, 1)
-    return replace(found, pixels=pixels.contiguous())
+    form = ImageForm(image_size, channels)
+    if source != DIGITS:
+        return _in_memory(open_images(source, split=split, form=form, columns=columns), source)
+    found = _digits()
+    return replace(found, pixels=torch.stack([form(image) for image in found.pixels]))
 
 
-def turned(images: LabelledImages, degrees: Sequence[int]) -> LabelledImages:
+def open_images(
+    source: str,
+    *,
+    split: str = "train",
+    form: ImageForm | None = None,
+    columns: tuple[str, str] = ("image", "label"),
+) -> StoredImages:
+    """Find a set of labelled images; each is read only when it is asked for.
+
+    Args:
+        source: as in :func:`load_images`, but not ``digits``.
+        split: of a data set that has several.
+        form: how an image becomes a tensor.
+        columns: names of the image and of the label.
+
+    Raises:
+        LitMoEError: if the source is missing, or holds no image or no label.
+    """
+    table = _open(source, split)
+    image, label = columns
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise LitMoEError(
+            f"{source} has no column {missing[0]!r}; it has {', '.join(table.column_names)}; name "
+            "them by image_column and label_column"
+        )
+    if len(table) == 0:
+        raise LitMoEError(f"{source} has no image in its split {split!r}")
+    names = getattr(table.features[label], "names", None)
+    labels, names = _labels(list(table[label]), names)
+    order = torch.arange(len(labels))
+    quarters = torch.zeros_like(order)
+    return StoredImages(
+        _decoding(table, image), image, form or ImageForm(), order, quarters, labels, names
+    )
+
+
+def _in_memory(stored: StoredImages, source: str) -> LabelledImages:
+    pixels = [stored[i]["pixel_values"] for i in range(len(stored))]
+    sizes = sorted({tuple(p.shape[1:]) for p in pixels})
+    if len(sizes) > 1:
+        raise LitMoEError(
+            f"the images of {source} differ in size (from {sizes[0]} to {sizes[-1]}); set "
+            "image_size, so that all are scaled to one"
+        )
+    return LabelledImages(torch.stack(pixels), stored.labels, stored.names)
+
+
+def _decoding(table: Any, column: str) -> Any:
+    """Return the table with files in the column decoded, which a plain parquet does not ask for."""
+    import datasets
+
+    kind = table.features[column]
+    if isinstance(kind, dict) and "bytes" in kind:
+        return table.cast_column(column, datasets.Image())
+    return table
+
+
+def turned(images: Images, degrees: Sequence[int]) -> Images:
     """Return the images once for each turn, each turn of each class a class of its own.
 
     Label ``turn * classes + label``, so that without a turn labels stay what they were.
@@ -91,13 +160,7 @@ def turned(images: LabelledImages, degrees: Sequence[int]) -> LabelledImages:
     odd = [angle for angle in degrees if angle not in _QUARTERS]
     if odd or not degrees:
         raise LitMoEError(f"turns={list(degrees)} can be some of {list(_QUARTERS)} degrees")
-    count = len(images.names)
-    names = [n if not a else f"{n} turned by {a}" for a in degrees for n in images.names]
-    return LabelledImages(
-        torch.cat([torch.rot90(images.pixels, angle // 90, (2, 3)) for angle in degrees]),
-        torch.cat([images.labels + i * count for i in range(len(degrees))]),
-        tuple(names),
-    )
+    return images.turned([angle // 90 for angle in degrees])
 
 
 def _digits() -> LabelledImages:
@@ -112,31 +175,6 @@ def _digits() -> LabelledImages:
     pixels = torch.from_numpy(found.images).float()[:, None] / 16
     labels = torch.from_numpy(found.target).long()
     return LabelledImages(pixels, labels, tuple(str(i) for i in range(10)))
-
-
-def _from_datasets(
-    source: str, split: str, channels: int, columns: tuple[str, str]
-) -> LabelledImages:
-    table = _open(source, split)
-    image, label = columns
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise LitMoEError(
-            f"{source} has no column {missing[0]!r}; it has {', '.join(table.column_names)}; name "
-            "them by image_column and label_column"
-        )
-    if len(table) == 0:
-        raise LitMoEError(f"{source} has no image in its split {split!r}")
-    pixels = [_as_tensor(row, channels) for row in table[image]]
-    sizes = sorted({tuple(p.shape[1:]) for p in pixels})
-    if len(sizes) > 1:
-        raise LitMoEError(
-            f"the images of {source} differ in size (from {sizes[0]} to {sizes[-1]}); set "
-            "image_size, so that all are scaled to one"
-        )
-    names = getattr(table.features[label], "names", None)
-    labels, names = _labels(list(table[label]), names)
-    return LabelledImages(torch.stack(pixels), labels, names)
 
 
 def _open(source: str, split: str) -> Any:
@@ -157,15 +195,6 @@ def _open(source: str, split: str) -> Any:
         raise LitMoEError(
             f"images {source!r} are no folder, parquet file or data set that could be read: {said}"
         ) from error
-
-
-def _as_tensor(image: Any, channels: int) -> Tensor:
-    """Return one image ``(1 or channels, height, width)`` in [0, 1] from PIL or from numbers."""
-    if hasattr(image, "convert"):
-        image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    pixels = torch.as_tensor(np.array(image))
-    pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def _labels(values: list[Any], names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:

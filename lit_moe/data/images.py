@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -12,15 +13,16 @@ from transformers import PreTrainedModel
 
 from lit_moe.assets import Split
 from lit_moe.data.augmentation import Augmentation
-from lit_moe.data.image_sources import DIGITS, LabelledImages, load_images, turned
+from lit_moe.data.image_sources import DIGITS, Images, load_images, open_images, turned
 from lit_moe.data.order import ResumableLoader, ShareInOrder, ShuffledShare
+from lit_moe.data.stored_images import ImageForm
 from lit_moe.data.tasks import SplitFractions
 from lit_moe.errors import LitMoEError
 from lit_moe.evaluate.images import ImageQuality, evaluate_images
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Labelled images in memory, cut into four purposes; no image serves two of them.
+    """Labelled images, cut into four purposes; no image serves two of them.
 
     Batches are dictionaries of ``pixel_values (B, C, height, width)`` and ``labels (B,)``.
 
@@ -42,6 +44,9 @@ class ImageDataModule(L.LightningDataModule):
         augmentation: random changes of training images.
         batch_size: images per batch and device.
         seed: of the split and of the order of training.
+        in_memory: read all images at once, as numbers of 4 bytes; false reads each when its turn
+            comes, for sets that would not fit.
+        num_workers: processes that read images, where they are not in memory.
     """
 
     def __init__(
@@ -61,6 +66,8 @@ class ImageDataModule(L.LightningDataModule):
         augmentation: Augmentation | None = None,
         batch_size: int = 128,
         seed: int = 0,
+        in_memory: bool = True,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
         if batch_size < 1 or channels not in (1, 3) or std <= 0:
@@ -71,14 +78,14 @@ class ImageDataModule(L.LightningDataModule):
         self.sources = {"train": (train, train_split), "test": (test, test_split)}
         self.columns = (image_column, label_column)
         self.fractions = fractions or SplitFractions(calibration=0.1, validation=0.05, test=0.2)
-        self.image_size = image_size
-        self.channels = channels
-        self.scale = (mean, std)
+        self.form = ImageForm(image_size, channels, mean, std)
         self.turns = tuple(turns)
         self.augmentation = augmentation or Augmentation()
         self.batch_size = batch_size
         self.seed = seed
-        self._images: dict[str, LabelledImages] = {}
+        self.in_memory = in_memory
+        self.num_workers = num_workers
+        self._images: dict[str, Images] = {}
         self._loader: ResumableLoader | None = None
         self._position: dict[str, Any] = {}
 
@@ -90,9 +97,9 @@ class ImageDataModule(L.LightningDataModule):
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Channels, height and width of the images."""
-        return tuple(self.images("train").pixels.shape[1:])
+        return self.images("train").shape
 
-    def images(self, split: Split) -> LabelledImages:
+    def images(self, split: Split) -> Images:
         """Return the images of a split, read, cut and checked on first use.
 
         Raises:
@@ -126,9 +133,7 @@ class ImageDataModule(L.LightningDataModule):
                 f"{len(images)} training images do not fill one batch of {self.batch_size}; give "
                 "more images or a smaller batch_size"
             )
-        self._loader = ResumableLoader(
-            images, batch_size=self.batch_size, sampler=sampler, generator=_generator()
-        )
+        self._loader = ResumableLoader(images, sampler=sampler, **self._reading())
         self._loader.load_state_dict(self._position)
         self._position = {}
         return self._loader
@@ -170,14 +175,14 @@ class ImageDataModule(L.LightningDataModule):
             self._loader.load_state_dict(self._position)
             self._position = {}
 
-    def _cut(self) -> dict[str, LabelledImages]:
+    def _cut(self) -> dict[str, Images]:
         found = self._load("train")
         shares = {name: self.fractions.of(name) for name in _CUT}
         if self.sources["test"][0] is not None:
             shares["test"] = 0.0
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(found), generator=generator)
-        parts: dict[str, LabelledImages] = {}
+        parts: dict[str, Images] = {}
         for name, share in shares.items():
             count = round(share * len(found))
             parts[name], order = found.rows(order[:count]), order[count:]
@@ -187,18 +192,20 @@ class ImageDataModule(L.LightningDataModule):
             _check_same_classes(found, parts["test"])
         return {name: turned(images, self.turns) for name, images in parts.items()}
 
-    def _load(self, which: str) -> LabelledImages:
+    def _load(self, which: str) -> Images:
         source, split = self.sources[which]
         assert source is not None
+        form = self.form
+        if not self.in_memory and source != DIGITS:
+            return open_images(source, split=split, form=form, columns=self.columns)
         images = load_images(
             source,
             split=split,
-            image_size=self.image_size,
-            channels=self.channels,
+            image_size=form.size,
+            channels=form.channels,
             columns=self.columns,
         )
-        mean, std = self.scale
-        return LabelledImages((images.pixels - mean) / std, images.labels, images.names)
+        return replace(images, pixels=(images.pixels - form.mean) / form.std)
 
     def _shared_out(self, split: Split) -> DataLoader:
         images = self.images(split)
@@ -206,23 +213,25 @@ class ImageDataModule(L.LightningDataModule):
         whole = images.rows(slice(0, len(images) // world_size * world_size))
         rank = 0 if self.trainer is None else self.trainer.global_rank
         sampler = ShareInOrder(whole, rank=rank, world_size=world_size)
-        return DataLoader(
-            whole, batch_size=self.batch_size, sampler=sampler, generator=_generator()
-        )
+        return DataLoader(whole, sampler=sampler, **self._reading())
 
-    def _in_order(self, images: LabelledImages) -> DataLoader:
-        return DataLoader(images, batch_size=self.batch_size, generator=_generator())
+    def _in_order(self, images: Images) -> DataLoader:
+        return DataLoader(images, **self._reading())
+
+    def _reading(self) -> dict[str, Any]:
+        # A generator of its own: loaders draw a seed, which would move the model's random numbers.
+        workers = 0 if self.in_memory else self.num_workers
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": workers,
+            "generator": torch.Generator(),
+        }
 
 
 _CUT: tuple[Split, ...] = ("calibration", "validation", "test")
 
 
-def _generator() -> torch.Generator:
-    # Of its own: loaders draw a seed, which would move the model's random numbers.
-    return torch.Generator()
-
-
-def _check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
+def _check_same_classes(train: Images, test: Images) -> None:
     if train.names != test.names:
         raise LitMoEError(
             f"training images have {len(train.names)} classes ({', '.join(train.names[:5])}, ...), "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ViTConfig
 
 from lit_moe.adapters import find_sites
 from lit_moe.errors import LitMoEError
@@ -28,6 +28,7 @@ from lit_moe.refit.report import LayerRefit, RefitReport
 from lit_moe.refit.rows import Rows
 from lit_moe.refit.sequential import SequentialRefit
 from lit_moe.refit.weights import DownProjections, Snapshot, own_down_projections
+from lit_moe.vmoe.configuration import num_tokens
 
 
 @torch.no_grad()
@@ -88,7 +89,8 @@ def refit(
     choice = _choice(student, targets, options)
     own_down_projections(student, teacher, [target.site for target in targets])
     report = RefitReport(options.mode, solver=f"{choice.name}: {choice.reason}", skipped=skipped)
-    report.tokens, report.held_out_tokens = (all_sum_of(n) for n in rows.count_tokens())
+    counts = rows.count_tokens(_tokens_per_image(student))
+    report.tokens, report.held_out_tokens = (all_sum_of(n) for n in counts)
     progress = _progress(student, teacher, rows, options, progress_folder)
     folder = None if progress_folder is None else Path(progress_folder)
     if folder is not None:
@@ -168,3 +170,7 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _tokens_per_image(model: PreTrainedModel) -> int:
+    return num_tokens(model.config) if isinstance(model.config, ViTConfig) else 1

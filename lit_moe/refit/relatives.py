@@ -204,7 +204,12 @@ def _order(model: PreTrainedModel, modules: Sequence[str], inputs: dict[str, Ten
 
 
 def _few(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the start of the first row (pixels stay whole); padding serves as well as text."""
+    """Return the start of the first row (pixels stay whole); padding serves as well as text.
+
+    Without text some images: all tokens of one may go where no expert is.
+    """
+    if set(batch) == {"pixel_values"}:
+        return {"pixel_values": batch["pixel_values"][:_PROBED]}
     inputs = {k: v[:1] for k, v in batch.items() if not k.endswith("attention_mask")}
     return {k: v if k == "pixel_values" else v[:, :_PROBED] for k, v in inputs.items()}
 

@@ -90,13 +90,17 @@ class Rows:
         ]
         return [batch for batch in chosen if len(next(iter(batch.values())))]
 
-    def count_tokens(self) -> tuple[int, int]:
-        """Return fitted and held-out tokens of this rank, padding excluded."""
+    def count_tokens(self, per_image: int = 1) -> tuple[int, int]:
+        """Return fitted and held-out tokens of this rank, padding excluded.
+
+        Args:
+            per_image: tokens of a row without text.
+        """
         fit = held = 0
         for batch, is_held in zip(self.batches, self._held, strict=True):
             mask = batch.get("attention_mask", batch.get("input_ids"))
             per_row = (
-                torch.ones_like(is_held, dtype=torch.long)
+                torch.full_like(is_held, per_image, dtype=torch.long)
                 if mask is None
                 else (mask != 0).sum(1)
                 if "attention_mask" in batch

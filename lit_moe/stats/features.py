@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,14 +59,20 @@ def features_of(
         site: the MoE layer.
         on_features: called before the block returns.
     """
+
+    def placed(slots: FeatureSlots) -> None:
+        given = adapter.tokens_given(model, site)
+        own = slots if given is None else replace(slots, token_ids=given[slots.token_ids])
+        on_features(own)
+
     experts = model.get_submodule(site.experts)
     if adapter.tap_kind(site) == "contract" and is_fused(experts):
-        with _inside_fused(experts, on_features):
+        with _inside_fused(experts, placed):
             yield
         return
     is_contract = adapter.tap_kind(site) == "contract"
     asked = model.get_submodule(site.experts if is_contract else site.name)
-    hook = _Asking(model, adapter, site, on_features)
+    hook = _Asking(model, adapter, site, placed)
     handle = asked.register_forward_hook(hook, with_kwargs=True)
     try:
         yield

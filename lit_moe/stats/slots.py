@@ -81,6 +81,8 @@ def _inside_fused(experts: nn.Module, on_slots: OnSlots) -> Iterator[None]:
 
     def look(outputs_SH: Tensor) -> Tensor:
         outputs_SH = norm(outputs_SH) if had_norm else outputs_SH
+        if not routing:  # someone called the forward past the hooks
+            return outputs_SH
         index_TK, weights_TK = routing.pop()
         on_slots(in_order_of(experts, index_TK, weights_TK, outputs_SH))
         return outputs_SH

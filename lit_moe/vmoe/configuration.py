@@ -38,6 +38,7 @@ class VMoEConfig(ViTConfig):
             choice. ``zero``: they stay, and what goes there becomes 0 (arXiv 2405.16646);
             ``delete``: they go, so that tokens choose among the others.
         pooling: what the classifier reads: the class ``token`` or the ``mean`` of all tokens.
+        representation_size: width of a tanh layer between that and the classifier; None for none.
         n_group: members of an ensemble (E3), each with its own equal share of the experts.
         topk_group: shares that a token may use: its own only.
     """
@@ -62,6 +63,7 @@ class VMoEConfig(ViTConfig):
     load_loss: float | int = 0.005
     dropped_experts: Literal["zero", "delete"] = "zero"
     pooling: Literal["token", "mean"] = "token"
+    representation_size: int | None = None
     n_group: int = 1
     topk_group: int = 1
 

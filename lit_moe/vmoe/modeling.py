@@ -29,11 +29,13 @@ from lit_moe.vmoe.routing import (
     importance_loss,
     load_loss,
     only_own_rows,
-    within_capacity,
+    slots_with_room,
 )
 
 REMOTE_FILE = "modeling_lit_vmoe.py"
 """Name of the copy of this code in every saved folder."""
+SMALL = 2**18
+"""Numbers in the inputs of all slots, up to which one product of padded stacks is the quickest."""
 
 
 class VMoERouter(nn.Module):
@@ -65,7 +67,9 @@ class VMoERouter(nn.Module):
             logits_TR = only_own_rows(logits_TR, self.num_experts, self.num_members)
         noisy_TR, top_k = self._noisy(logits_TR), min(self.top_k, logits_TR.shape[-1])
         self.aux_loss = self._auxiliary(logits_TR, noisy_TR) if self.training else None
-        gates_TK, rows_TK = torch.topk(torch.softmax(noisy_TR, dim=-1), top_k, dim=-1)
+        # Over a last dimension of a few numbers softmax is several times slower.
+        probability_TR = torch.softmax(noisy_TR.T.contiguous(), dim=0).T
+        gates_TK, rows_TK = torch.topk(probability_TR, top_k, dim=-1)
         return logits_TR, gates_TK.to(hidden_BSH.dtype), rows_TK
 
     def _noisy(self, logits_TR: Tensor) -> Tensor:
@@ -104,19 +108,39 @@ class VMoEExperts(nn.Module):
 
     def forward(self, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the sum over slots of gate times expert output, ``(T, H)``."""
-        rows_S, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
-        order_S = torch.argsort(rows_S, stable=True)
-        tokens_S = order_S if top_k == 1 else order_S // top_k
-        counts = torch.bincount(rows_S, minlength=self.num_experts).tolist()
-        parts = hidden_TH[tokens_S].split(counts)
-        out_SH = torch.cat([self._run(e, part) for e, part in enumerate(parts)])
-        out_SH = out_SH * top_k_weights.reshape(-1)[order_S, None]
-        return torch.zeros_like(hidden_TH).index_add(0, tokens_S, out_SH)
+        rows_S, weights_S1 = top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)
+        if top_k_index.shape[-1] == 1 and bool((rows_S[1:] >= rows_S[:-1]).all()):
+            return self._run(hidden_TH, rows_S) * weights_S1
+        rows_S, order_S = torch.sort(rows_S, stable=True)
+        tokens_S = order_S // top_k_index.shape[-1]
+        out_SH = self._run(hidden_TH.index_select(0, tokens_S), rows_S)
+        out_SH = out_SH * weights_S1.index_select(0, order_S)
+        return torch.zeros_like(hidden_TH).index_add_(0, tokens_S, out_SH)
 
-    def _run(self, expert: int, hidden_TH: Tensor) -> Tensor:
-        inner = F.linear(hidden_TH, self.up_proj[expert], self.up_proj_bias[expert])
-        inner = self.act_fn(inner)
-        return F.linear(inner, self.down_proj[expert], self.down_proj_bias[expert])
+    def _run(self, hidden_SH: Tensor, rows_S: Tensor) -> Tensor:
+        """Return the output of each slot's expert, ``(S, H)``; slots are sorted by expert."""
+        counts_E = torch.bincount(rows_S, minlength=self.num_experts)
+        counts = counts_E.tolist()
+        room = max(counts)
+        if hidden_SH.numel() > SMALL or room * self.num_experts > 2 * len(rows_S):
+            return self._run_one_by_one(hidden_SH, counts)
+        # The first slot of expert e moves from place starts[e] to place e * room.
+        shift_E = torch.arange(self.num_experts, device=rows_S.device) * room
+        shift_E = shift_E - (counts_E.cumsum(0) - counts_E)
+        places_S = torch.arange(len(rows_S), device=rows_S.device) + shift_E.index_select(0, rows_S)
+        padded = hidden_SH.new_zeros(self.num_experts * room, hidden_SH.shape[-1])
+        padded = padded.index_copy_(0, places_S, hidden_SH).unflatten(0, (self.num_experts, room))
+        inner = torch.baddbmm(self.up_proj_bias[:, None], padded, self.up_proj.transpose(1, 2))
+        down = self.down_proj.transpose(1, 2)
+        outer = torch.baddbmm(self.down_proj_bias[:, None], self.act_fn(inner), down)
+        return outer.flatten(0, 1).index_select(0, places_S)
+
+    def _run_one_by_one(self, hidden_SH: Tensor, counts: list[int]) -> Tensor:
+        own = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
+        each = zip(hidden_SH.split(counts), *(weights.unbind() for weights in own), strict=True)
+        return torch.cat(
+            [F.linear(self.act_fn(F.linear(x, up, b)), down, c) for x, up, b, down, c in each]
+        )
 
 
 class VMoEBlock(nn.Module):
@@ -130,35 +154,63 @@ class VMoEBlock(nn.Module):
         self.num_members = config.n_group
         self.capacity_factors = (config.capacity_factor, config.eval_capacity_factor)
         self.batch_priority = config.batch_priority
+        self.slot_tokens: Tensor | None = None
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
-        """Return what the experts make of each token, ``(B, S, H)``."""
+        """Return what the experts make of each token, ``(B, S, H)``.
+
+        While the experts run, ``slot_tokens`` says which tokens they are given; None for all.
+        """
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
         logits_TR, gates_TK, rows_TK, *chosen = self.router(hidden_BSH)
-        # A masked row can only be chosen where no other is left, with gate 0.
-        live_TK = (rows_TK < self.experts.num_experts) & (gates_TK > 0)
-        if not chosen:
-            live_TK = live_TK & self._with_room(logits_TR, gates_TK, rows_TK)
-            if bool(live_TK.all()):
+        if chosen:
+            slots = (chosen[0], gates_TK[:, 0], rows_TK[:, 0])
+        else:
+            capacity = self._capacity(logits_TR, rows_TK)
+            if capacity is None and bool(self._is_live(gates_TK, rows_TK).all()):
                 return self.experts(hidden_TH, rows_TK, gates_TK).view_as(hidden_BSH)
-        slots, ranks = live_TK.nonzero(as_tuple=True)
-        tokens = chosen[0][slots] if chosen else slots
-        out_TH = torch.zeros_like(hidden_TH)
-        if len(tokens):
-            rows, gates = rows_TK[slots, ranks, None], gates_TK[slots, ranks, None]
-            out_TH = out_TH.index_add(0, tokens, self.experts(hidden_TH[tokens], rows, gates))
-        return out_TH.view_as(hidden_BSH)
+            slots = self._slots(gates_TK, rows_TK, capacity)
+        return self._combined(hidden_TH, *slots).view_as(hidden_BSH)
 
-    def _with_room(self, logits_TR: Tensor, gates_TK: Tensor, rows_TK: Tensor) -> Tensor:
+    def _is_live(self, gates: Tensor, rows: Tensor) -> Tensor:
+        # A masked row can only be chosen where no other is left, with gate 0.
+        return (rows < self.experts.num_experts) & (gates > 0)
+
+    def _slots(
+        self, gates_TK: Tensor, rows_TK: Tensor, capacity: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens, gates and rows of the slots with room, sorted by row."""
+        by_gate = self.batch_priority and not self.training and capacity is not None
+        priority_T = gates_TK[:, 0] if by_gate else None
+        tokens_S, ranks_S, rows_S = slots_with_room(rows_TK, priority_T, capacity)
+        places_S = tokens_S * rows_TK.shape[1] + ranks_S
+        return tokens_S, gates_TK.reshape(-1).index_select(0, places_S), rows_S
+
+    def _combined(
+        self, hidden_TH: Tensor, tokens_S: Tensor, gates_S: Tensor, rows_S: Tensor
+    ) -> Tensor:
+        live_S = self._is_live(gates_S, rows_S)
+        if not bool(live_S.all()):
+            tokens_S, gates_S, rows_S = tokens_S[live_S], gates_S[live_S], rows_S[live_S]
+        out_TH = torch.zeros_like(hidden_TH)
+        if not len(tokens_S):
+            return out_TH
+        self.slot_tokens = tokens_S
+        given_SH = hidden_TH.index_select(0, tokens_S)
+        out_SH = self.experts(given_SH, rows_S[:, None], gates_S[:, None])
+        self.slot_tokens = None
+        return out_TH.index_add_(0, tokens_S, out_SH)
+
+    def _capacity(self, logits_TR: Tensor, rows_TK: Tensor) -> int | None:
+        """Return the tokens that each row serves; None for no limit."""
         factor = self.capacity_factors[0 if self.training else 1]
         if factor is None:
-            return torch.ones_like(rows_TK, dtype=torch.bool)
-        # A masked row is -inf for every token: it counts as little as one that is not there.
-        num_rows = int((logits_TR > -torch.inf).any(dim=0).sum())
+            return None
+        # A masked row is -inf for all tokens of its member: it counts as if it were not there.
+        first_MR = logits_TR[:: len(logits_TR) // self.num_members]
+        num_rows = int((first_MR > -torch.inf).any(dim=0).sum())
         num_slots = len(rows_TK) * min(rows_TK.shape[1], num_rows)
-        capacity = capacity_of(num_slots, num_rows, factor)
-        by_gate = self.batch_priority and not self.training
-        return within_capacity(rows_TK, gates_TK[:, 0] if by_gate else None, capacity)
+        return capacity_of(num_slots, num_rows, factor)
 
 
 class VMoELayer(ViTLayer):
@@ -249,7 +301,11 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = VMoEModel(config)
-        self.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 0))
+        width = config.representation_size or config.hidden_size
+        self.pre_logits = (
+            nn.Linear(config.hidden_size, width) if config.representation_size else None
+        )
+        self.classifier = nn.Linear(width, int(config.num_labels or 0))
         self.post_init()
 
     def forward(
@@ -269,7 +325,10 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
         kwargs.pop("return_dict", None)
         hidden_BSH = self.vit(pixel_values, **kwargs)[0]
         token = self.config.pooling == "token"
-        logits_ML = self.classifier(hidden_BSH[:, 0] if token else hidden_BSH.mean(dim=1))
+        pooled_MH = hidden_BSH[:, 0] if token else hidden_BSH.mean(dim=1)
+        if self.pre_logits is not None:
+            pooled_MH = torch.tanh(self.pre_logits(pooled_MH))
+        logits_ML = self.classifier(pooled_MH)
         members = self.config.n_group
         loss = None
         if labels is not None:

@@ -9,24 +9,10 @@ import torch
 from torch import Tensor
 
 
-def ranks_within(ids: Tensor) -> Tensor:
-    """Return how many equal entries stand before each entry.
-
-    Args:
-        ids: shape ``(N,)``, int64.
-
-    >>> ranks_within(torch.tensor([3, 1, 3, 3, 1])).tolist()
-    [0, 0, 1, 2, 1]
-    """
-    in_order, order = torch.sort(ids, stable=True)
-    first = torch.searchsorted(in_order, in_order)
-    ranks = torch.empty_like(ids)
-    ranks[order] = torch.arange(len(ids), device=ids.device) - first
-    return ranks
-
-
-def within_capacity(index_TK: Tensor, priority_T: Tensor | None, capacity: int) -> Tensor:
-    """Return which slots find room, ``(T, K)``, bool, if each row serves ``capacity`` tokens.
+def slots_with_room(
+    index_TK: Tensor, priority_T: Tensor | None, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the slots that find room if each row serves ``capacity`` tokens, sorted by row.
 
     First choices of all tokens take their places before any second choice. Within one rank of
     choice tokens come in their order, or by descending priority (batch-priority routing of V-MoE,
@@ -35,19 +21,27 @@ def within_capacity(index_TK: Tensor, priority_T: Tensor | None, capacity: int) 
     Args:
         index_TK: chosen rows, best first.
         priority_T: larger first; equal ones in their order. None for the order of the tokens.
-        capacity: tokens that one row serves.
+        capacity: tokens that one row serves; None for all.
 
-    >>> within_capacity(torch.tensor([[0], [0], [1]]), torch.tensor([0.1, 0.9, 0.5]), 1).tolist()
-    [[False], [True], [True]]
+    Returns:
+        Tokens, their ranks of choice, and rows, each ``(slots,)``.
+
+    >>> slots_with_room(torch.tensor([[0], [0], [1]]), torch.tensor([0.1, 0.9, 0.5]), 1)
+    (tensor([1, 2]), tensor([0, 0]), tensor([0, 1]))
     """
-    num_tokens, top_k = index_TK.shape
-    order = torch.arange(num_tokens, device=index_TK.device)
+    num_tokens, order_T = len(index_TK), None
     if priority_T is not None:
-        order = torch.argsort(priority_T, descending=True, stable=True)
-    ranks_KT = ranks_within(index_TK[order].T.reshape(-1)).view(top_k, num_tokens)
-    fits_TK = torch.empty_like(index_TK, dtype=torch.bool)
-    fits_TK[order] = (ranks_KT < capacity).T
-    return fits_TK
+        order_T = torch.argsort(priority_T, descending=True, stable=True)
+        index_TK = index_TK.index_select(0, order_T)
+    rows_S, places_S = torch.sort(index_TK.T.reshape(-1), stable=True)
+    if capacity is not None:
+        first_S = torch.searchsorted(rows_S, rows_S)
+        has_room = torch.arange(len(rows_S), device=rows_S.device) - first_S < capacity
+        rows_S, places_S = rows_S.masked_select(has_room), places_S.masked_select(has_room)
+    tokens_S = places_S % num_tokens
+    if order_T is not None:
+        tokens_S = order_T.index_select(0, tokens_S)
+    return tokens_S, places_S // num_tokens, rows_S
 
 
 def capacity_of(num_slots: int, num_rows: int, factor: float) -> int:
@@ -93,7 +87,7 @@ def choose_tokens(logits_BSR: Tensor, count: int) -> tuple[Tensor, Tensor, Tenso
         count: tokens that a row chooses in each image, at most S.
 
     Returns:
-        Gates, rows and tokens (of the flattened batch), each ``(B * R * count,)``.
+        Gates, rows and tokens (of the flattened batch), each ``(R * B * count,)``, sorted by row.
     """
     num_images, length, num_rows = logits_BSR.shape
     top_BCR, token_BCR = logits_BSR.topk(min(count, length), dim=1)
@@ -101,7 +95,8 @@ def choose_tokens(logits_BSR: Tensor, count: int) -> tuple[Tensor, Tensor, Tenso
     first_B = torch.arange(num_images, device=logits_BSR.device) * length
     rows_BCR = torch.arange(num_rows, device=logits_BSR.device).expand_as(token_BCR)
     tokens_BCR = token_BCR + first_B[:, None, None]
-    return gates_BCR.reshape(-1), rows_BCR.reshape(-1), tokens_BCR.reshape(-1)
+    gates, rows, tokens = (x.permute(2, 0, 1) for x in (gates_BCR, rows_BCR, tokens_BCR))
+    return gates.reshape(-1), rows.reshape(-1), tokens.reshape(-1)
 
 
 def squared_variation(total_R: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig
 from transformers import ViTForImageClassification as DenseViT
 
+import lit_moe  # noqa: F401 - tells transformers of V-MoE
 from tests.benchmarks.refit_store import Store
 from tests.benchmarks.timing import interleaved
 

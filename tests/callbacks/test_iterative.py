@@ -173,7 +173,7 @@ def test_a_checkpoint_from_within_the_rounds_is_tested_under_its_mask(
     module = MoEModule(str(checkpoint))
     (tested,) = trainer.test(module, datamodule=make_data(), ckpt_path=saved, verbose=False)
     assert any(is_masked(m) for m in module.built_model.modules())
-    pruning._show()
+    pruning._hidden.show()
     model = module.built_model.eval()
     lit_moe.shrink(model, mask)
     total, num_rows = 0.0, 0

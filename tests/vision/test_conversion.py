@@ -87,8 +87,9 @@ def jax_arrays(prefix=""):
     return {prefix + k: rng.normal(size=s).astype(np.float32) * 0.3 for k, s in shapes.items()}
 
 
-def by_hand(arrays, image):
+def by_hand(arrays, image, sparse=None):
     """The forward of the JAX code in numpy's terms, one image (8, 8, 3), two experts per token."""
+    sparse = sparse or experts
     p = {name: torch.from_numpy(value) for name, value in arrays.items()}
     patches = image.unfold(0, 4, 4).unfold(1, 4, 4).permute(0, 1, 3, 4, 2).reshape(4, 48)
     x = patches @ p["embedding/kernel"].reshape(48, 16) + p["embedding/bias"]
@@ -105,8 +106,11 @@ def by_hand(arrays, image):
         out = torch.einsum("htw,hwd->td", heads, p[f"{base}/SelfAttention/out/kernel"])
         x = x + out + p[f"{base}/SelfAttention/out/bias"]
         y = norm(x, p, f"{base}/LayerNorm_1")
-        x = x + (experts(y, p, f"{base}/Moe") if block else mlp(y, p, f"{base}/Mlp", ...))
-    return norm(x, p, "Encoder/encoder_norm")[0] @ p["head/kernel"] + p["head/bias"]
+        x = x + (sparse(y, p, f"{base}/Moe") if block else mlp(y, p, f"{base}/Mlp", ...))
+    x = norm(x, p, "Encoder/encoder_norm")[0]
+    if "pre_logits/kernel" in p:
+        x = torch.tanh(x @ p["pre_logits/kernel"] + p["pre_logits/bias"])
+    return x @ p["head/kernel"] + p["head/bias"]
 
 
 def norm(x, p, name):

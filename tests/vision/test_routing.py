@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from lit_moe.testing.vision import example_images, tiny_vmoe
+from lit_moe.vmoe import modeling
 from lit_moe.vmoe.configuration import VMoEConfig
 from lit_moe.vmoe.modeling import VMoEBlock, averaged
 from lit_moe.vmoe.routing import (
@@ -14,7 +15,7 @@ from lit_moe.vmoe.routing import (
     load_loss,
     only_own_rows,
     owners,
-    within_capacity,
+    slots_with_room,
 )
 
 # Six tokens, two choices each among three rows.
@@ -22,24 +23,34 @@ ROWS = torch.tensor([[0, 1], [0, 1], [0, 2], [1, 0], [0, 1], [2, 0]])
 GATES = torch.tensor([0.5, 0.9, 0.6, 0.8, 0.7, 0.4])
 
 
+def fits(rows, priority, capacity):
+    """Which slots find room, as 0 and 1 by token and rank of choice."""
+    tokens, ranks, found = slots_with_room(rows, priority, capacity)
+    assert torch.equal(rows[tokens, ranks], found)
+    assert torch.equal(found, found.sort().values)
+    table = torch.zeros_like(rows)
+    table[tokens, ranks] = 1
+    return table.tolist()
+
+
 def test_without_priority_early_tokens_and_first_choices_win():
     # Capacity 2. Row 0: first choices of tokens 0 and 1. Row 1: that of 3, then second of 0.
     # Row 2: that of 5, then second of 2.
     expected = [[1, 1], [1, 0], [0, 1], [1, 0], [0, 0], [1, 0]]
-    assert within_capacity(ROWS, None, 2).int().tolist() == expected
+    assert fits(ROWS, None, 2) == expected
 
 
 def test_with_priority_tokens_with_large_gates_win():
     # Order 1, 3, 4, 2, 0, 5. Row 0: tokens 1 and 4. Row 1: 3 first, then second choice of 1.
     # Row 2: 5 by its first choice, then 2.
     expected = [[0, 0], [1, 1], [0, 1], [1, 0], [1, 0], [1, 0]]
-    assert within_capacity(ROWS, GATES, 2).int().tolist() == expected
+    assert fits(ROWS, GATES, 2) == expected
 
 
 def test_second_choices_come_behind_all_first_ones_whatever_their_priority():
     rows = torch.tensor([[0, 1], [1, 0]])
-    fits = within_capacity(rows, torch.tensor([0.99, 0.1]), 1)
-    assert fits.tolist() == [[True, False], [True, False]]
+    assert fits(rows, torch.tensor([0.99, 0.1]), 1) == [[1, 0], [1, 0]]
+    assert fits(rows, None, None) == [[1, 1], [1, 1]]
 
 
 def test_capacity_is_an_equal_share_times_the_factor():
@@ -141,3 +152,59 @@ def test_training_adds_the_losses_and_forgets_them():
 def test_what_cannot_be_built_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         tiny_vmoe(**fields)
+
+
+@pytest.mark.parametrize("small", [0, 2**30])
+@pytest.mark.parametrize("slots", ["even", "uneven", "one", "unsorted"])
+def test_both_ways_to_run_experts_are_the_sum_over_slots(small, slots, monkeypatch):
+    monkeypatch.setattr(modeling, "SMALL", small)
+    experts = tiny_vmoe().get_submodule("vit.layers.1.mlp.experts")
+    generator = torch.Generator().manual_seed(0)
+    chosen = {
+        "even": torch.arange(8).repeat_interleave(5),
+        "uneven": torch.tensor([0] * 9 + [1] * 8 + [4] * 4 + [7] * 5).sort().values,
+        "one": torch.tensor([3]),
+        "unsorted": torch.randint(8, (40,), generator=generator),
+    }[slots]
+    hidden = torch.randn(len(chosen), 32, generator=generator, requires_grad=True)
+    gates = torch.rand(len(chosen), 1, generator=generator)
+    weights = [experts.get_parameter(name) for name in ("up_proj", "down_proj_bias")]
+    out = experts(hidden, chosen[:, None], gates)
+    expected = torch.stack(
+        [
+            gate * one_expert(experts, int(e), x)
+            for e, x, gate in zip(chosen, hidden, gates, strict=True)
+        ]
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    found, wanted = (
+        torch.autograd.grad(y.square().sum(), [hidden, *weights]) for y in (out, expected)
+    )
+    for gradient, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-3)
+
+
+def one_expert(experts, e, hidden):
+    inner = F.gelu(experts.up_proj[e] @ hidden + experts.up_proj_bias[e])
+    return experts.down_proj[e] @ inner + experts.down_proj_bias[e]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [None, 1.05, 0.5])
+def test_several_choices_are_added_up_as_one_by_one(factor):
+    model = tiny_vmoe(eval_capacity_factor=factor, num_experts_per_tok=3)
+    block, hidden = model.get_submodule("vit.layers.1.mlp"), torch.randn(4, 17, 32)
+    flat, rows_of = hidden.reshape(-1, 32), block.get_parameter("router.weight")
+    gates, rows = torch.softmax(flat @ rows_of.T, dim=-1).topk(3)
+    capacity = None if factor is None else capacity_of(rows.numel(), 8, factor)
+    room = torch.tensor(fits(rows, gates[:, 0], capacity))
+    expected = torch.stack(
+        [
+            sum(
+                g * r * one_expert(block.experts, int(e), x)
+                for g, r, e in zip(gs, rs, es, strict=True)
+            )
+            for x, gs, rs, es in zip(flat, gates, room, rows, strict=True)
+        ]
+    )
+    torch.testing.assert_close(block(hidden).view(-1, 32), expected, rtol=1e-4, atol=1e-4)

@@ -84,6 +84,8 @@ def test_relevant_experts_change_most_and_the_others_less_in_higher_dimensions()
 def test_irrelevant_experts_can_go_and_those_that_changed_cannot():
     whole, half, most = study_pruning(TASK, 64, (0.0, 0.5, 0.75), 2)
     assert min(whole.pruned) > 0.95
+    assert whole.before == whole.pruned
+    assert most.before == whole.before
     assert fmean(half.pruned) > 0.95
     assert fmean(half.inverse) < 0.75
     assert fmean(most.recovered) >= fmean(most.pruned) - 0.02

@@ -1,18 +1,15 @@
 """Image classifiers in Lightning: trained, pruned, measured, exported; dropped for one task."""
 
 import json
-from itertools import pairwise
 
 import lightning as L
 import pytest
 import torch
-from torch.nn import functional as F
 
 import lit_moe
 from lit_moe.adapters import count_experts, find_sites
-from lit_moe.callbacks import ExportModel, OneShotPruning, TaskSpecificPruning
-from lit_moe.callbacks.task_specific import proficiency
-from lit_moe.data import Augmentation, ImageDataModule, SplitFractions, TextDataModule
+from lit_moe.callbacks import ExportModel, OneShotPruning, ReportWriter
+from lit_moe.data import Augmentation, ImageDataModule, SplitFractions
 from lit_moe.distill.images import divergence
 from lit_moe.errors import LitMoEError
 from lit_moe.module import LossWeights, MoEModule, OptimizerConfig
@@ -37,12 +34,17 @@ def trainer(folder, callbacks=(), **options):
     return L.Trainer(
         accelerator="cpu",
         default_root_dir=folder,
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
-        **{"max_steps": 4, "limit_val_batches": 1, "num_sanity_val_steps": 0, **options},
+        **{
+            "logger": False,
+            "max_steps": 4,
+            "limit_val_batches": 1,
+            "num_sanity_val_steps": 0,
+            **options,
+        },
     )
 
 
@@ -76,6 +78,13 @@ def test_training_learns_digits(tmp_path):
     found = run.predict(model, digits.predict_dataloader())
     assert found is not None
     assert torch.cat([torch.as_tensor(batch) for batch in found]).shape == (180,)
+
+
+def test_a_run_that_drops_nothing_can_be_measured_before_training_too(tmp_path):
+    trainer(tmp_path, [ReportWriter(measure_before=True)]).fit(module(), data())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["images"]) == ["before", "trained"]
+    assert report["source"] == "random weights"
 
 
 def test_distillation_is_0_from_itself_and_a_divergence_otherwise():
@@ -129,6 +138,13 @@ def test_a_new_classifier_replaces_the_old_one(tmp_path):
     assert model.source_dtype == "float32"
 
 
+def test_what_makes_a_missing_model_is_told_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = MoEModule("runs/vision/finetune_e3/model")
+    with pytest.raises(LitMoEError, match=r"--config /.*configs/vision/finetune_e3\.yaml$"):
+        trainer(tmp_path).fit(missing, data())
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -144,73 +160,3 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make, words, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LitMoEError, match=words):
         trainer(tmp_path).fit(*make())
-
-
-def fit_task(folder, callback, **options):
-    L.seed_everything(0, verbose=False)
-    model = module(architecture={**DIGITS, "dropped_experts": "delete"})
-    trainer(folder, [callback], **options).fit(model, data())
-    return model.built_model
-
-
-def test_eager_dropping_ends_with_one_expert_that_is_a_dense_layer(tmp_path):
-    callback = TaskSpecificPruning(beta=0.5, window=2)
-    model = fit_task(tmp_path, callback, max_steps=8)
-    assert set(count_experts(find_sites(model)).values()) == {1}
-    block, hidden = model.get_submodule("vit.layers.1.mlp").eval(), torch.randn(1, 3, 32)
-    experts = block.get_submodule("experts")
-    up, down = experts.get_parameter("up_proj")[0], experts.get_parameter("down_proj")[0]
-    inner = F.gelu(hidden @ up.T + experts.get_parameter("up_proj_bias"))
-    expected = inner @ down.T + experts.get_parameter("down_proj_bias")
-    block.capacity_factors = (None, None)
-    torch.testing.assert_close(block(hidden), expected)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert "step 4: " in " ".join(report["warnings"])
-    assert list(report["images"]) == ["before", "trained"]
-
-
-def test_experts_are_dropped_for_good_and_only_in_the_first_half(tmp_path):
-    seen = []
-
-    class Watched(TaskSpecificPruning):
-        def on_train_batch_end(self, *_):
-            seen.append(self._mask.kept if self._mask else None)
-
-    fit_task(tmp_path, Watched(beta=1.0, window=2, eager=False), max_steps=12)
-    assert seen[0] is None
-    masks = [mask for mask in seen if mask is not None]
-    assert masks, "no expert was dropped"
-    for earlier, later in pairwise(masks):
-        assert all(set(later[name]) <= set(earlier[name]) for name in later)
-    assert len({json.dumps(mask) for mask in seen[6:]}) == 1
-
-
-def test_a_beta_that_drops_nothing_says_so(tmp_path):
-    model = fit_task(tmp_path, TaskSpecificPruning(beta=1e-9, window=2, eager=False))
-    assert set(count_experts(find_sites(model)).values()) == {8}
-
-
-def test_language_models_are_dropped_for_a_task_too(tmp_path):
-    text = TextDataModule(sequence_length=32, batch_size=4, test_tokens=128)
-    model = MoEModule()
-    callback = TaskSpecificPruning(beta=0.5, window=1)
-    trainer(tmp_path, [callback], max_steps=4).fit(model, text)
-    fewest = {site.top_k for site in find_sites(model.built_model)}
-    assert set(count_experts(find_sites(model.built_model)).values()) == fewest
-
-
-def test_proficiency_is_a_share_of_those_that_are_left():
-    shares = proficiency(torch.tensor([2.0, 0.0, 6.0, 5.0]), (0, 1, 2))
-    assert shares.tolist() == [0.25, 0.0, 0.75, 0.0]
-
-
-@pytest.mark.parametrize("fields", [{"beta": 0}, {"window": 0}, {"force_at": 1.5}])
-def test_odd_settings_are_refused(fields):
-    with pytest.raises(LitMoEError, match="must be above 0"):
-        TaskSpecificPruning(**fields)
-
-
-def test_a_run_of_unknown_length_is_refused(tmp_path):
-    run = trainer(tmp_path, [TaskSpecificPruning()], max_steps=-1, max_epochs=1)
-    with pytest.raises(LitMoEError, match="trainer.max_steps is -1; set it"):
-        run.fit(module(), data())

@@ -49,12 +49,14 @@ class Pruned:
 
     Attributes:
         ratio: of the experts that were dropped, those with the smallest change.
+        before: with all experts.
         pruned: without further training.
         recovered: with it.
         inverse: those with the largest change dropped instead, without further training.
     """
 
     ratio: float
+    before: list[float] = field(default_factory=list)
     pruned: list[float] = field(default_factory=list)
     recovered: list[float] = field(default_factory=list)
     inverse: list[float] = field(default_factory=list)
@@ -91,9 +93,10 @@ def study_pruning(
     check_task(task)
     found = [Pruned(ratio) for ratio in ratios]
     for seed in range(num_seeds):
-        layer, change, _, _ = _trained(task, dimension, seed)
+        layer, change, _, whole = _trained(task, dimension, seed)
         order = change.argsort()
         for row in found:
+            row.before.append(whole)
             count = round(row.ratio * task.experts)
             small, large = layer.without(order[:count]), order[task.experts - count :]
             row.pruned.append(_tested(small, task, dimension))
