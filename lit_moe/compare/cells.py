@@ -66,6 +66,7 @@ def task_data(options: TaskOptions, tokenizer: str) -> TaskDataModule:
         evaluated_shots=options.shots,
         sequence_length=options.sequence_length,
         batch_size=options.batch_size,
+        chat=options.chat,
         tokenizer=tokenizer,
     )
 
@@ -84,10 +85,16 @@ def settings_of(options: CompareOptions, text: ComparedText) -> dict[str, Any]:
             "transformers": metadata.version("transformers"),
         },
         "text": {**amounts, **text.fingerprint(("calibration", "validation"))},
-        "tasks": None if options.tasks is None else dataclasses.asdict(options.tasks),
+        "tasks": None if options.tasks is None else _task_settings(options.tasks),
         "unrouted": options.unrouted,
         "dtype": options.dtype,
     }
+
+
+def _task_settings(options: TaskOptions) -> dict[str, Any]:
+    """Return the fields; running text is not named, so that results from before chats count."""
+    found = dataclasses.asdict(options)
+    return found if options.chat else {k: v for k, v in found.items() if k != "chat"}
 
 
 def load_model(name: str, dtype: DType, text: ComparedText) -> PreTrainedModel:
@@ -107,6 +114,11 @@ def is_done(store: CellStore, key: Mapping[str, Any]) -> bool:
     """Return whether a cell was measured; one that failed is tried again by the next run."""
     found = store.get("cell", **key)
     return found is not None and "error" not in found
+
+
+def is_settled(store: CellStore, key: Mapping[str, Any]) -> bool:
+    """Return whether a cell was measured, or has failed in this run, here or elsewhere."""
+    return is_done(store, key) or store.is_new("cell", **key)
 
 
 def plan_of(cell: Mapping[str, Any]) -> KeepPlan:

@@ -95,14 +95,16 @@ def lottery_loads(summary: Summary) -> dict[str, dict[str, Any]]:
     return found
 
 
-def super_experts(ablation: AblationMap | None, store: CellStore, model: str) -> dict[str, Any]:
+def super_experts(ablation: AblationMap | None, store: CellStore, grid: Grid) -> dict[str, Any]:
     """Return experts that one must not drop, by each of the signs that are known.
 
     ``extreme_activations``: those that ``protect: [super-experts]`` means, of the first seed.
     ``single_drop``: those without which the perplexity is 1.5 times as large, with the factor
     (MC-Suite, arXiv 2504.05586, figure 2: dropping one of two experts collapses the model).
     """
-    seen = next((v for k, v in store.all("load") if k["model"] == model), None)
+    model = grid.options.models[0]
+    loads = (store.get("load", model=model, seed=seed) for seed in grid.all_seeds)
+    seen = next(filter(None, loads), None)
     found: dict[str, Any] = {}
     if seen is not None:
         found["extreme_activations"] = seen["super_experts"]

@@ -60,6 +60,11 @@ class Grid:
         """Return the seeds of a curve."""
         return seeds_of(self.options, line)
 
+    @property
+    def all_seeds(self) -> list[int]:
+        """Seeds of any curve; the control may have some that the others have not."""
+        return list(dict.fromkeys(seed for line in self.lines for seed in self.seeds(line)))
+
     def key(self, line: Line, model: str, seed: int, ratio: float) -> dict[str, Any]:
         """Return what names a cell among those with the same settings.
 

@@ -75,6 +75,8 @@ class TaskOptions:
         shots: numbers of solved examples before each question.
         sequence_length: most tokens of examples, question and answer.
         batch_size: questions per batch.
+        chat: whether questions are asked in the chat format of the tokenizer, see
+            ``TaskDataModule``.
     """
 
     task: Literal["capitals", "domains"] = "capitals"
@@ -83,6 +85,7 @@ class TaskOptions:
     shots: list[int] = field(default_factory=lambda: [0])
     sequence_length: int = 256
     batch_size: int = 8
+    chat: bool | Literal["auto"] = False
 
 
 @dataclass

@@ -97,7 +97,7 @@ def to_dict(found: Found) -> dict[str, Any]:
         "agreement": {ratio: _agreement(a) for ratio, a in agreed.items()},
         "rank_correlation": None if correlated is None else _agreement(correlated),
         "load": lottery_loads(summary),
-        "super_experts": super_experts(found.ablation, found.store, grid.options.models[0]),
+        "super_experts": super_experts(found.ablation, found.store, grid),
         "ablation": None if found.ablation is None else _ablation(found.ablation),
     }
 

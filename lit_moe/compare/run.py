@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,30 +17,36 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lit_moe.compare.ablation import AblationMap
 from lit_moe.compare.bench import ModelBench
 from lit_moe.compare.cells import (
     Judge,
     check_same_shape,
     is_done,
+    is_settled,
     model_digest,
     settings_of,
     task_data,
 )
+from lit_moe.compare.claims import Claims
 from lit_moe.compare.grid import Grid
-from lit_moe.compare.options import CompareOptions, default_tokenizer
+from lit_moe.compare.options import CompareOptions, Line, default_tokenizer
 from lit_moe.compare.present import Found, write_all
 from lit_moe.compare.store import CellStore
 from lit_moe.compare.summary import summarise
 from lit_moe.compare.text import ComparedText
 from lit_moe.errors import LitMoEError
 
-STORE_NAME = "cells.jsonl"
+STORE_NAME, LOCKS = "cells.jsonl", "locks"
 
 
 def compare(options: CompareOptions, *, progress: bool = False) -> Found:
     """Measure every cell that is missing, and write tables and figures into the output folder.
 
-    The same call goes on where a killed one ended, and the grid may grow from call to call.
+    The same call goes on where a killed one ended, and the grid may grow from call to call. Several
+    processes that make this call at the same time share the cells out and all return the whole;
+    with as many threads each, the numbers are those of one process. First each takes a seed of its
+    own, so that a calibration pass is repeated only by who would have nothing else to do.
 
     Args:
         options: what is compared.
@@ -58,35 +65,112 @@ def compare(options: CompareOptions, *, progress: bool = False) -> Found:
     for name in options.models:
         _check_model(store, name)
     judge = _judge(options, text)
-    ablation = None
-    with _bar(_missing(grid, store), progress) as on_cell:
-        for name in options.models:
-            bench = _bench(name, grid, text=text, judge=judge, store=store, on_cell=on_cell)
-            if bench is None:
-                continue
-            _measure(bench, grid)
-            if options.ablation and name == options.models[0]:
-                ablation = bench.measure_ablation()
+    claims = Claims(folder / LOCKS)
+    with _bar(_missing(grid, store), progress) as on_cells:
+        work = _Work(grid, text, store, judge=judge, claims=claims, on_cells=on_cells)
+        work.do()
+        ablation = work.ablation() if options.ablation else None
     found = Found(grid, store, summarise(grid, store), ablation)
-    write_all(found, folder)
+    with claims.held(piece="report"):
+        write_all(found, folder)
     return found
 
 
-def _bench(name: str, grid: Grid, **options: Any) -> ModelBench | None:
-    """Return the model, loaded, if anything of it is missing."""
-    store: CellStore = options["store"]
-    is_asked = grid.options.ablation and name == grid.options.models[0]
-    done = all(is_done(store, key) for key in grid.keys(name))
-    if done and not is_asked and store.get("whole", model=name) is not None:
-        return None
-    return ModelBench(name, grid, **options)
+class _Work:
+    """What this process does of a comparison, until nothing is left to anybody.
+
+    A piece is a curve for one model and seed, or the whole model.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        text: ComparedText,
+        store: CellStore,
+        *,
+        judge: Judge,
+        claims: Claims,
+        on_cells: Callable[[str, int], None],
+    ) -> None:
+        self.grid, self.text, self.store = grid, text, store
+        self.judge, self.claims, self.on_cells = judge, claims, on_cells
+        self._bench: ModelBench | None = None
+
+    def do(self) -> None:
+        """Measure what nobody else does, and what others leave undone; return when all is there."""
+        while missing := [name for name in self.grid.options.models if not self._is_settled(name)]:
+            for name in missing:
+                self._share(name)
+            for name in missing:
+                self._wait(name)
+
+    def ablation(self) -> AblationMap:
+        """Return what single experts of the first model are worth; one process measures it."""
+        with self.claims.held(piece="ablation"):
+            self._refresh()
+            return self._bench_of(self.grid.options.models[0]).measure_ablation()
+
+    def _share(self, name: str) -> None:
+        """Measure seeds that nobody is at, then what is left of the others."""
+        with self.claims.tried(model=name, piece="whole") as is_mine:
+            if is_mine:
+                self._refresh()
+                self._bench_of(name).measure_whole()
+        for helps in (False, True):
+            for seed in self.grid.all_seeds:
+                with self.claims.tried(model=name, seed=seed, piece="seed") as is_first:
+                    if is_first or helps:
+                        self._measure(name, seed)
+
+    def _measure(self, name: str, seed: int) -> None:
+        for line in self._lines(seed):
+            with self.claims.tried(**_piece(name, seed, line)) as is_mine:
+                self._refresh()
+                if is_mine and not self._is_line_settled(name, seed, line):
+                    self._bench_of(name).measure(line, seed)
+
+    def _wait(self, name: str) -> None:
+        """Return when nobody is at a piece of this model."""
+        with self.claims.held(model=name, piece="whole"):
+            pass
+        for seed in self.grid.all_seeds:
+            for line in self._lines(seed):
+                with self.claims.held(**_piece(name, seed, line)):
+                    self._refresh()
+
+    def _lines(self, seed: int) -> list[Line]:
+        return [line for line in self.grid.lines if seed in self.grid.seeds(line)]
+
+    def _is_settled(self, name: str) -> bool:
+        is_judged = self.store.get("whole", model=name) is not None
+        return is_judged and all(is_settled(self.store, key) for key in self.grid.keys(name))
+
+    def _is_line_settled(self, name: str, seed: int, line: Line) -> bool:
+        keys = (self.grid.key(line, name, seed, ratio) for ratio in self.grid.ratios)
+        return all(is_settled(self.store, key) for key in keys)
+
+    def _refresh(self) -> None:
+        num_cells = self.store.refresh()
+        if num_cells:
+            self.on_cells("by another process", num_cells)
+
+    def _bench_of(self, name: str) -> ModelBench:
+        """Return the model, loaded; the one before it is let go."""
+        if self._bench is None or self._bench.name != name:
+            self._bench = None
+            self._bench = ModelBench(
+                name,
+                self.grid,
+                text=self.text,
+                judge=self.judge,
+                store=self.store,
+                on_cell=lambda text: self.on_cells(text, 1),
+            )
+        return self._bench
 
 
-def _measure(bench: ModelBench, grid: Grid) -> None:
-    bench.measure_whole()
-    for line in grid.lines:
-        for seed in grid.seeds(line):
-            bench.measure(line, seed)
+def _piece(name: str, seed: int, line: Line) -> dict[str, Any]:
+    return {"model": name, "seed": seed, **dataclasses.asdict(line)}
 
 
 def _missing(grid: Grid, store: CellStore) -> int:
@@ -123,7 +207,7 @@ def _check_model(store: CellStore, name: str) -> None:
 
 
 @contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
+def _bar(total: int, shown: bool) -> Iterator[Callable[[str, int], None]]:
     """Show cells done, cells left, and the time that they will take."""
     columns = (
         TextColumn("{task.description}"),
@@ -135,4 +219,4 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
     )
     with Progress(*columns, disable=not shown) as bar:
         task = bar.add_task("calibrating", total=total)
-        yield lambda text: bar.update(task, advance=1, description=text)
+        yield lambda text, num: bar.update(task, advance=num, description=text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from lit_moe.errors import LitMoEError
 
@@ -21,7 +23,8 @@ class CellStore:
     """Records by kind and key, in a file that only grows.
 
     A record is written whole or not at all: a line that a kill cut off is not read, and spoils no
-    other. Of two records with one key the later one counts.
+    other. Of two records with one key the later one counts. Several processes may write to one
+    file; :meth:`refresh` takes in what the others wrote.
 
     Args:
         path: file of JSON lines; made on the first write.
@@ -40,18 +43,13 @@ class CellStore:
         self.path = path
         self.settings = json.loads(json.dumps(settings))
         self._records: dict[tuple[str, str], Record] = {}
-        lines = [r for r in map(_parsed, _lines(path)) if r is not None]
-        headers = [line["settings"] for line in lines if line.get("kind") == _HEADER]
-        self._has_header = bool(headers)
-        if headers and headers[0] != self.settings:
-            if when_other == "refuse":
-                raise LitMoEError(_refusal(path, headers[0], self.settings))
-            path.replace(path.with_stem(f"{path.stem}-{digest(headers[0])}"))
-            self._has_header = False
-            return
-        for line in lines:
-            if line.get("kind") != _HEADER:
-                self._records[line["kind"], _key(line["key"])] = line["value"]
+        self._new: set[tuple[str, str]] = set()
+        self._read_to = 0
+        if when_other == "beside":
+            _set_aside(path, self.settings)
+        self._has_header = self._check_header()
+        self.refresh()
+        self._new.clear()
 
     def get(self, kind: str, **key: Any) -> Record | None:
         """Return a record, None if there is none."""
@@ -59,13 +57,34 @@ class CellStore:
 
     def put(self, kind: str, value: Record, **key: Any) -> None:
         """Write a record; it is on the disk when this returns."""
-        if not self._has_header:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"kind": _HEADER, "settings": self.settings})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file, _locked(file):
+            if not self._has_header and not self._check_header():
+                _append(file, {"kind": _HEADER, "settings": self.settings})
             self._has_header = True
-        line = {"kind": kind, "key": key, "value": value}
-        self._append(line)
-        self._records[kind, _key(key)] = json.loads(json.dumps(value))
+            _append(file, {"kind": kind, "key": key, "value": value})
+        self._take(kind, key, json.loads(json.dumps(value)))
+
+    def refresh(self) -> int:
+        """Take in what was written since; return how many cells are new among it."""
+        if not self.path.exists():
+            return 0
+        with self.path.open(encoding="utf-8") as file, _locked(file, alone=False):
+            file.seek(self._read_to)
+            lines = file.read().splitlines()
+            self._read_to = file.tell()
+        known = len(self._records)
+        cells = {name for name in self._records if name[0] == "cell"}
+        for line in filter(None, map(_parsed, lines)):
+            if line.get("kind") != _HEADER:
+                self._take(line["kind"], line["key"], line["value"])
+        if len(self._records) == known:
+            return 0
+        return sum(name[0] == "cell" and name not in cells for name in self._records)
+
+    def is_new(self, kind: str, **key: Any) -> bool:
+        """Return whether a record was written, by whomever, after this store was opened."""
+        return (kind, _key(key)) in self._new
 
     def all(self, kind: str) -> Iterator[tuple[dict[str, Any], Record]]:
         """Yield key and value of all records of a kind, in the order of their first appearance."""
@@ -73,13 +92,21 @@ class CellStore:
             if found == kind:
                 yield json.loads(key), value
 
-    def _append(self, line: Record) -> None:
-        # The break comes first too, so that a line that a kill cut off ends before this one.
-        text = "\n" + json.dumps(line) + "\n"
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    def _take(self, kind: str, key: Mapping[str, Any], value: Record) -> None:
+        name = (kind, _key(key))
+        self._records[name] = value
+        self._new.add(name)
+
+    def _check_header(self) -> bool:
+        """Return whether the file has a header.
+
+        Raises:
+            LitMoEError: if it has other settings than these.
+        """
+        found = _settings(self.path)
+        if found is not None and found != self.settings:
+            raise LitMoEError(_refusal(self.path, found, self.settings))
+        return found is not None
 
 
 def digest(value: Any) -> str:
@@ -87,8 +114,43 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _append(file: TextIO, line: Record) -> None:
+    # The break comes first too, so that a line that a kill cut off ends before this one.
+    file.write("\n" + json.dumps(line) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(file: TextIO, *, alone: bool = True) -> Iterator[None]:
+    """Let no other process write inside the block, nor read if ``alone``."""
+    fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _settings(path: Path) -> Record | None:
+    """Return the settings that the results in a file belong to."""
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8") as file:
+        lines = (line for line in map(_parsed, file) if line is not None)
+        return next((line["settings"] for line in lines if line.get("kind") == _HEADER), None)
+
+
+def _set_aside(path: Path, settings: Record) -> None:
+    """Rename a file with other settings; of several processes one does."""
+    if _settings(path) in (None, settings):
+        return
+    lock = path.with_suffix(".lock")
+    with lock.open("a") as file, _locked(file):
+        found = _settings(path)
+        if found not in (None, settings):
+            path.replace(path.with_stem(f"{path.stem}-{digest(found)}"))
+        lock.unlink(missing_ok=True)  # whoever still waits for it finds nothing left to rename
 
 
 def _parsed(line: str) -> Record | None:

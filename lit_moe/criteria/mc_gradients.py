@@ -1,8 +1,8 @@
 """MC-Suite's criteria of gradients: EGS, EGE, EGO, EGN. All from one pass forward and backward.
 
-``G_e`` is the gradient of the mean next-token loss over all calibration tokens with respect to the
-weights of expert ``e`` (gate where there is one, up, down; never biases). The paper reuses the
-names of the activation criteria for these.
+``G_e`` is the gradient of the mean next-token loss over all calibration tokens (of questions: over
+the tokens of their answers) with respect to the weights of expert ``e`` (gate where there is one,
+up, down; never biases). The paper reuses the names of the activation criteria for these.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_moe.data.blocks import Blocks
 from lit_moe.errors import LitMoEError
-from lit_moe.evaluate.generation import prompt_ids
+from lit_moe.evaluate.encoding import answer_ids, prompt_ids
 from lit_moe.evaluate.prompts import Prompting, TaskItem
 
 IGNORED = -100
@@ -58,13 +58,14 @@ def task_rows(
 ) -> TaskRows:
     """Tokenize prompts and answers; the rows are as long as the longest of them.
 
-    Prompt and answer are tokenized apart, as they are when the model is asked. The answer ends with
-    the tokenizer's end of text, which is learnt as well; without one, with ``ending``.
+    Prompt and answer are tokenized as they are when the model is asked. The answer ends with the
+    tokenizer's end of text, which is learnt as well; without one, with ``ending``; in a chat with
+    what ends a turn there.
 
     Args:
         items: at least one.
         tokenizer: of the model.
-        promptings: wordings with one template, dealt to the items in turn.
+        promptings: wordings with one template and chat format, dealt to the items in turn.
         sequence_length: most tokens of a row.
         ending: for tokenizers without an end of text.
 
@@ -72,12 +73,15 @@ def task_rows(
         LitMoEError: if a row is longer than ``sequence_length``, with the most examples that fit.
     """
     dealt = list(zip(items, itertools.cycle(promptings), strict=False))
-    prompts = prompt_ids(tokenizer, [prompting.prompt(item) for item, prompting in dealt])
-    texts = [prompting.template.answer_text(item.answers[0]) for item, prompting in dealt]
-    rows = [
-        (*prompt, *answer)
-        for prompt, answer in zip(prompts, _answer_ids(texts, tokenizer, ending), strict=True)
-    ]
+    asked = [prompting.prompt(item) for item, prompting in dealt]
+    texts = [prompting.answer(item.answers[0]) for item, prompting in dealt]
+    chat = promptings[0].chat
+    prompts = prompt_ids(tokenizer, asked, chat)
+    if chat is not None and chat.ending:
+        answers = answer_ids(tokenizer, asked, texts, chat)
+    else:
+        answers = _ended_ids(texts, tokenizer, ending)
+    rows = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
     length = torch.tensor([len(row) for row in rows])
     width = int(length.max())
     if width > sequence_length:
@@ -93,7 +97,7 @@ def task_rows(
     )
 
 
-def _answer_ids(
+def _ended_ids(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ending: str
 ) -> list[list[int]]:
     end = tokenizer.eos_token_id
@@ -113,7 +117,7 @@ def _refuse(
     prompts = [
         replace(prompting, num_shots=shots).prompt(item) for shots in range(prompting.num_shots + 1)
     ]
-    sizes = [len(prompt) for prompt in prompt_ids(tokenizer, prompts)]
+    sizes = [len(prompt) for prompt in prompt_ids(tokenizer, prompts, prompting.chat)]
     fitting = [shots for shots, size in enumerate(sizes) if size + length - sizes[-1] <= room]
     advice = f"{fitting[-1]} examples would fit" if fitting else "not even the question alone fits"
     raise LitMoEError(

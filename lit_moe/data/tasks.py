@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
 from lit_moe.assets import Split
@@ -22,6 +25,7 @@ from lit_moe.data.task_items import (
 from lit_moe.data.task_rows import task_rows
 from lit_moe.data.text import TextDataModule
 from lit_moe.errors import LitMoEError
+from lit_moe.evaluate.chat import ChatFormat, chat_format
 from lit_moe.evaluate.generation import GenerationOptions
 from lit_moe.evaluate.prompts import Prompting, PromptTemplate, TaskItem
 from lit_moe.evaluate.task_quality import TaskQuality, checked_prompts, evaluate_task
@@ -76,6 +80,11 @@ class TaskDataModule(TextDataModule):
             where likelihood is measured on the test split; dealt to the questions in turn.
         evaluated_shots: numbers of examples that written answers are scored with, each apart.
         generation: how answers are written and where they end.
+        chat: whether questions are asked in the chat format of the tokenizer, as instruct models
+            are used to: the instruction of the template is the system's message, examples are
+            turns of user and assistant, answers end as a turn does. ``auto``: where the tokenizer
+            has a chat template, which those of many base models have too. False asks in running
+            text.
         tokenizer: folder or hub id; None takes the one of the model.
         sequence_length: most tokens of examples, question and answer together.
         batch_size: questions per batch and device.
@@ -94,6 +103,7 @@ class TaskDataModule(TextDataModule):
         shots: Sequence[int] = (0,),
         evaluated_shots: Sequence[int] = (0, 5),
         generation: GenerationOptions | None = None,
+        chat: bool | Literal["auto"] = False,
         tokenizer: str | None = None,
         sequence_length: int = 256,
         batch_size: int = 8,
@@ -122,7 +132,10 @@ class TaskDataModule(TextDataModule):
                     f"{name}={list(numbers)} must be one or more numbers of examples, each at "
                     "least 0"
                 )
+        if chat not in (True, False, "auto"):
+            raise LitMoEError(f"chat={chat!r} is unknown; use auto, true or false")
         self.task = task
+        self.chat = chat
         self.fractions = fractions or SplitFractions()
         self.template = template or (PromptTemplate() if train_files else TEMPLATES[task])
         self.shots = tuple(shots)
@@ -147,7 +160,27 @@ class TaskDataModule(TextDataModule):
 
     def prompting(self, num_shots: int) -> Prompting:
         """Return what makes prompts with so many examples of the training split."""
-        return Prompting(self.template, self.items("train"), num_shots, self.seed)
+        return Prompting(self.template, self.items("train"), num_shots, self.seed, self.chat_format)
+
+    @cached_property
+    def chat_format(self) -> ChatFormat | None:
+        """The format that questions are asked in; None for running text.
+
+        Raises:
+            LitMoEError: if ``chat`` is true and the tokenizer has no chat template, or one that
+                answers cannot be taken from.
+        """
+        if self.chat is True:
+            return chat_format(self.tokenizer)
+        if self.tokenizer.chat_template is None:
+            return None
+        if self.chat == "auto":
+            return chat_format(self.tokenizer)
+        rank_zero_info(
+            "the tokenizer has a chat template, but questions are asked in running text; an "
+            "instruct model should be asked with chat: true"
+        )
+        return None
 
     def blocks(self, split: Split) -> Blocks:
         """Return the padded rows of a split, tokenized on first use."""

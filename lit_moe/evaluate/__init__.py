@@ -1,5 +1,7 @@
 """Measures of quality: perplexity on fixed blocks, multiple choice, short answers, tasks."""
 
+from lit_moe.evaluate.chat import ChatFormat as ChatFormat
+from lit_moe.evaluate.chat import chat_format as chat_format
 from lit_moe.evaluate.exact_match import ExactMatch as ExactMatch
 from lit_moe.evaluate.exact_match import Fact as Fact
 from lit_moe.evaluate.exact_match import exact_match as exact_match

@@ -6,7 +6,7 @@ B prompts in a batch, S prompt tokens, G generated tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from lit_moe.errors import LitMoEError
+from lit_moe.evaluate.chat import ChatFormat
+from lit_moe.evaluate.encoding import prompt_ids
 from lit_moe.inference import evaluating
 from lit_moe.sharding.partitions import is_partitioned
 
@@ -55,6 +57,8 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     options: GenerationOptions,
+    *,
+    chat: ChatFormat | None = None,
 ) -> list[str]:
     """Return the most likely continuation of each prompt, up to a stop text or the end of text.
 
@@ -66,6 +70,8 @@ def generate_answers(
         tokenizer: its own; special tokens are added to prompts as it is used to.
         prompts: any number.
         options: lengths, stop texts, batch size.
+        chat: the format that the prompts are in, whose end of a turn ends an answer too; nothing
+            is added to them. None for running text.
 
     Raises:
         LitMoEError: if the model cannot generate, or a prompt and its answer are longer than the
@@ -74,12 +80,15 @@ def generate_answers(
     check_can_generate(model)
     if not prompts:
         return []
-    ids = prompt_ids(tokenizer, prompts)
+    ids = prompt_ids(tokenizer, prompts, chat)
     check_context(model, ids, options)
+    ends = _end_tokens(model, tokenizer, chat)
+    if chat is not None:
+        options = replace(options, stop=(*options.stop, *chat.stop))
     answers = [""] * len(prompts)
     with evaluating(model):
         for batch in _batches(ids, options.batch_size):
-            rows = _greedy(model, tokenizer, [ids[index] for index in batch], options)
+            rows = _greedy(model, tokenizer, [ids[index] for index in batch], options, ends)
             texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
             for index, text in zip(batch, texts, strict=True):
                 answers[index] = _cut(text, options.stop)
@@ -98,13 +107,6 @@ def check_can_generate(model: PreTrainedModel) -> None:
         raise LitMoEError(
             f"{type(model).__name__} reads a prompt with an encoder; only decoders can be asked"
         )
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each prompt, without an end-of-text that a tokenizer may append."""
-    rows: list[list[int]] = tokenizer(list(prompts), verbose=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
 
 
 def check_context(
@@ -150,9 +152,9 @@ def _greedy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
+    ends: list[int],
 ) -> list[list[int]]:
-    """Return the tokens written after each prompt, without the end of text."""
-    ends = _end_tokens(model, tokenizer)
+    """Return the tokens written after each prompt, without the one that ends them."""
     filler = next(iter(ends), 0)
     width = max(map(len, prompts))
     ids_BS = torch.tensor([[filler] * (width - len(p)) + list(p) for p in prompts])
@@ -173,11 +175,16 @@ def _greedy(
     return [_before_end(row, ends) for row in written_BG.tolist()]
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token that ends a text, by the model or by its tokenizer."""
-    end = getattr(model.config.get_text_config(), "eos_token_id", None)
-    ends = end if isinstance(end, list) else [end]
-    return list(dict.fromkeys(e for e in (*ends, tokenizer.eos_token_id) if e is not None))
+def _end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat | None
+) -> list[int]:
+    """Return every token that ends an answer, by model, tokenizer, or chat format."""
+    configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
+    ends: list[int | None] = []
+    for end in (getattr(config, "eos_token_id", None) for config in configs):
+        ends += end if isinstance(end, list) else [end]
+    ends += [tokenizer.eos_token_id, chat.end_id if chat else None]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def _before_end(row: list[int], ends: Sequence[int]) -> list[int]:

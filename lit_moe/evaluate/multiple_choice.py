@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moe.distill.losses import next_token_nll
 from lit_moe.errors import LitMoEError
+from lit_moe.evaluate.chat import ChatFormat
+from lit_moe.evaluate.encoding import answer_ids, begun_prompt_ids
 from lit_moe.inference import evaluating
 
 
@@ -72,16 +74,27 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def evaluate_multiple_choice(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    chat: ChatFormat | None = None,
 ) -> Accuracy:
     """Answer each question by the choice that the model finds most likely after the prompt.
 
     Choices are scored in one padded batch per question, in evaluation mode.
+
+    Args:
+        model: a language model.
+        tokenizer: its own.
+        questions: what is asked.
+        chat: the format that the prompts are in; the end of the turn then belongs to each choice,
+            but its bytes do not count. None for running text.
     """
     right_per_byte = right_sum = 0
     with evaluating(model):
         for question in questions:
-            nll_C = _choice_nll(model, tokenizer, question)
+            nll_C = _choice_nll(model, tokenizer, question, chat)
             length_C = torch.tensor([len(c.encode()) for c in question.choices])
             right_per_byte += int((nll_C / length_C).argmin()) == question.answer
             right_sum += int(nll_C.argmin()) == question.answer
@@ -97,13 +110,15 @@ def evaluate_multiple_choice(
 
 
 def _choice_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: Question
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question,
+    chat: ChatFormat | None = None,
 ) -> Tensor:
     """Return the nats of each choice after the prompt, shape ``(C,)``."""
-    start = tokenizer.bos_token_id
-    prompt = [] if start is None else [start]
-    prompt += tokenizer(question.prompt, add_special_tokens=False)["input_ids"]
-    answers = [tokenizer(c, add_special_tokens=False)["input_ids"] for c in question.choices]
+    (prompt,) = begun_prompt_ids(tokenizer, [question.prompt], chat)
+    prompts = [question.prompt] * len(question.choices)
+    answers = answer_ids(tokenizer, prompts, question.choices, chat)
     rows = [prompt + answer for answer in answers]
     width = max(map(len, rows))
     ids_CS = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)

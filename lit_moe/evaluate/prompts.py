@@ -10,6 +10,7 @@ from functools import cached_property
 from string import Formatter
 
 from lit_moe.errors import LitMoEError
+from lit_moe.evaluate.chat import ChatFormat
 
 _SOLUTIONS = frozenset({"answer", "answers"})
 
@@ -98,12 +99,16 @@ class Prompting:
         pool: where examples are drawn from, without replacement; never the question itself.
         num_shots: examples before each question; 0 for none.
         seed: of the draw.
+        chat: turns prompts into conversations: the instruction is the system's message, examples
+            are turns of user and assistant, and the template's separator is not needed. None for
+            running text.
     """
 
     template: PromptTemplate
     pool: Sequence[TaskItem] = ()
     num_shots: int = 0
     seed: int = 0
+    chat: ChatFormat | None = None
 
     def shots(self, item: TaskItem) -> list[TaskItem]:
         """Return the examples before a question.
@@ -127,14 +132,24 @@ class Prompting:
 
     def prompt(self, item: TaskItem) -> str:
         """Return instruction, examples and question, up to where the answer begins."""
-        template = self.template
+        template, question = self.template, self.template.question_text(item)
         examples = [
-            template.question_text(shot) + template.answer_text(shot.answers[0])
+            (template.question_text(shot), template.answer_text(shot.answers[0]))
             for shot in self.shots(item)
         ]
-        return template.instruction + template.separator.join(
-            [*examples, template.question_text(item)]
-        )
+        if self.chat is not None:
+            turns = [(asked, answer.strip()) for asked, answer in examples]
+            return self.chat.prompt(template.instruction, turns, question)
+        texts = [asked + answer for asked, answer in examples]
+        return template.instruction + template.separator.join([*texts, question])
+
+    def answer(self, words: str) -> str:
+        """Return an answer as it follows the prompt, without what ends it.
+
+        In a chat the template decides about spaces around it.
+        """
+        text = self.template.answer_text(words)
+        return text if self.chat is None else self.chat.lead + text.strip()
 
     @cached_property
     def _identities(self) -> list[str]:

@@ -9,12 +9,13 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moe.errors import LitMoEError
+from lit_moe.evaluate.chat import ChatFormat
+from lit_moe.evaluate.encoding import prompt_ids
 from lit_moe.evaluate.generation import (
     GenerationOptions,
     check_can_generate,
     check_context,
     generate_answers,
-    prompt_ids,
 )
 from lit_moe.evaluate.multiple_choice import Question, evaluate_multiple_choice
 from lit_moe.evaluate.prompts import Prompting, TaskItem
@@ -78,7 +79,9 @@ def evaluate_task(
     prompts = checked_prompts(model, tokenizer, items, prompting=prompting, generation=options)
     scores = AnswerScores().to(model.device)
     mine, num_idle = _share(len(items))
-    written = generate_answers(model, tokenizer, [prompts[i] for i in mine], options)
+    written = generate_answers(
+        model, tokenizer, [prompts[i] for i in mine], options, chat=prompting.chat
+    )
     answers = [items[i].answers for i in mine]
     num = len(mine) - num_idle
     scores.update(written[:num], answers[:num])
@@ -88,7 +91,7 @@ def evaluate_task(
         if item.choices
     ]
     if questions:
-        _choose(model, tokenizer, questions, scores)
+        _choose(model, tokenizer, questions, scores, prompting.chat)
     return _quality(scores.totals(), prompting.num_shots)
 
 
@@ -109,7 +112,7 @@ def checked_prompts(
         raise LitMoEError("a task needs at least one question, none was given")
     check_can_generate(model)
     prompts = [prompting.prompt(item) for item in items]
-    check_context(model, prompt_ids(tokenizer, prompts), generation)
+    check_context(model, prompt_ids(tokenizer, prompts, prompting.chat), generation)
     return prompts
 
 
@@ -118,15 +121,16 @@ def _choose(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     scores: AnswerScores,
+    chat: ChatFormat | None,
 ) -> None:
     """Add this rank's share of the questions that can be answered by choosing."""
     mine, num_idle = _share(len(questions))
     num = len(mine) - num_idle
     if num:
-        chosen = evaluate_multiple_choice(model, tokenizer, [questions[i] for i in mine[:num]])
-        scores.update_choices(chosen)
+        asked = [questions[i] for i in mine[:num]]
+        scores.update_choices(evaluate_multiple_choice(model, tokenizer, asked, chat=chat))
     if num_idle:
-        evaluate_multiple_choice(model, tokenizer, [questions[i] for i in mine[num:]])
+        evaluate_multiple_choice(model, tokenizer, [questions[i] for i in mine[num:]], chat=chat)
 
 
 def _share(num_items: int) -> tuple[list[int], int]:
@@ -141,7 +145,7 @@ def _share(num_items: int) -> tuple[list[int], int]:
 
 
 def _question(item: TaskItem, prompt: str, prompting: Prompting) -> Question:
-    choices = tuple(prompting.template.answer_text(choice) for choice in item.choices)
+    choices = tuple(prompting.answer(choice) for choice in item.choices)
     return Question(prompt, choices, item.choices.index(item.answers[0]))
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moe.distill.step import IGNORED
 from lit_moe.errors import LitMoEError
+from lit_moe.evaluate.chat import ChatFormat
 from lit_moe.evaluate.generation import GenerationOptions, generate_answers
 from lit_moe.evaluate.prompts import TaskItem
 from lit_moe.evaluate.squad import squad_exact_match, squad_f1
@@ -202,6 +203,8 @@ class WrittenAnswers(Fitness):
         tokenizer: PreTrainedTokenizerBase,
         questions: Sequence[tuple[str, TaskItem]],
         options: GenerationOptions,
+        *,
+        chat: ChatFormat | None = None,
     ) -> Tensor:
         """Return the points of each question, shape ``(N,)``, float64.
 
@@ -210,9 +213,10 @@ class WrittenAnswers(Fitness):
             tokenizer: its own.
             questions: prompts and what would be right.
             options: lengths, stop texts, batch size.
+            chat: the format that the prompts are in; None for running text.
         """
         prompts = [prompt for prompt, _ in questions]
-        texts = generate_answers(model, tokenizer, prompts, options)
+        texts = generate_answers(model, tokenizer, prompts, options, chat=chat)
         pairs = [(text, item.answers) for text, (_, item) in zip(texts, questions, strict=True)]
         if self.measure == "f1":
             return torch.tensor([100.0 * squad_f1(*pair) for pair in pairs]).double()

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_moe.distill.losses import next_token_nll
 from lit_moe.distill.step import IGNORED
-from lit_moe.evaluate.prompts import PromptTemplate, TaskItem
+from lit_moe.evaluate.encoding import answer_ids, begun_prompt_ids
+from lit_moe.evaluate.prompts import Prompting, TaskItem
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ def text_batches(rows: Sequence[Mapping[str, Tensor]], batch_size: int) -> list[
 
 def choice_batches(
     items: Sequence[TaskItem],
-    prompts: Sequence[str],
-    template: PromptTemplate,
+    prompting: Prompting,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
 ) -> list[RowBatch]:
@@ -79,21 +79,16 @@ def choice_batches(
 
     Args:
         items: questions with choices.
-        prompts: up to where the answer begins.
-        template: the wording of an answer.
+        prompting: the wording.
         tokenizer: of the model.
         batch_size: about so many rows per batch; the choices of a question stay together.
     """
     per_question = max(len(item.choices) for item in items)
     step = max(1, batch_size // per_question)
-    begin_of_text = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    starts = [[*begin_of_text, *ids] for ids in encoded]
-    batches = []
-    for begin in range(0, len(items), step):
-        chosen = range(begin, min(begin + step, len(items)))
-        batches.append(_choice_batch(items, starts, template, tokenizer, chosen))
-    return batches
+    return [
+        _choice_batch(items[begin : begin + step], prompting, tokenizer)
+        for begin in range(0, len(items), step)
+    ]
 
 
 def _text_batch(rows: Sequence[Mapping[str, Tensor]]) -> RowBatch:
@@ -113,22 +108,15 @@ def _text_batch(rows: Sequence[Mapping[str, Tensor]]) -> RowBatch:
 
 
 def _choice_batch(
-    items: Sequence[TaskItem],
-    starts: Sequence[Sequence[int]],
-    template: PromptTemplate,
-    tokenizer: PreTrainedTokenizerBase,
-    chosen: range,
+    items: Sequence[TaskItem], prompting: Prompting, tokenizer: PreTrainedTokenizerBase
 ) -> RowBatch:
     rows, answered, sample, right, sizes = [], [], [], [], []
-    for number, index in enumerate(chosen):
-        item, prompt = items[index], list(starts[index])
-        texts = [template.answer_text(choice) for choice in item.choices]
-        for choice, text, ids in zip(
-            item.choices,
-            texts,
-            tokenizer(texts, add_special_tokens=False)["input_ids"],
-            strict=True,
-        ):
+    for number, item in enumerate(items):
+        asked = prompting.prompt(item)
+        (prompt,) = begun_prompt_ids(tokenizer, [asked], prompting.chat)
+        texts = [prompting.answer(choice) for choice in item.choices]
+        encoded = answer_ids(tokenizer, [asked] * len(texts), texts, prompting.chat)
+        for choice, text, ids in zip(item.choices, texts, encoded, strict=True):
             rows.append(prompt + ids)
             answered.append([IGNORED] * len(prompt) + ids)
             sample.append(number)

@@ -69,8 +69,7 @@ class SplitData:
             )
         assert self.prompting is not None
         assert tokenizer is not None
-        prompts = [self.prompting.prompt(item) for item in self.items]
-        return choice_batches(self.items, prompts, self.prompting.template, tokenizer, batch_size)
+        return choice_batches(self.items, self.prompting, tokenizer, batch_size)
 
     def identities(self) -> list[str]:
         """Return what two samples share if they are the same."""
@@ -258,7 +257,9 @@ class SplitScorer:
         assert prompting is not None
         assert self._tokenizer is not None
         asked = [(prompting.prompt(item), item) for item in self._data.items[:num]]
-        return fitness.written(self._live.model, self._tokenizer, asked, self._data.generation)
+        return fitness.written(
+            self._live.model, self._tokenizer, asked, self._data.generation, chat=prompting.chat
+        )
 
     @property
     def _row_measures(self) -> list[RowFitness]:

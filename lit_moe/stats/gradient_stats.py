@@ -50,7 +50,7 @@ class GradientObservation:
 
     Attributes:
         layers: layer name -> :class:`GradientStats`, in the order of the model's layers.
-        tokens: predicted tokens, over all ranks.
+        tokens: predicted tokens, over all ranks; with labels those that have one.
     """
 
     layers: Mapping[str, GradientStats]

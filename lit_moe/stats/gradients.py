@@ -27,6 +27,9 @@ from lit_moe.stats.observe import failing_together, model_inputs, shown
 
 Batches = Iterable[Mapping[str, Tensor]]
 
+IGNORED = -100
+"""Label of a token that is not to be predicted."""
+
 
 def observe_gradients(
     model: PreTrainedModel, batches: Batches, *, progress: bool = False
@@ -37,15 +40,21 @@ def observe_gradients(
     they were. The model runs in evaluation mode, on its own device. With a process group every
     rank must call this with its own share of the batches; all get the sums over all ranks.
 
+    The loss is the mean over every predicted token of all batches and ranks; of questions, whose
+    batches have labels, over the tokens of the answers.
+
     Args:
         model: any supported MoE language model, not partitioned over ranks.
-        batches: dictionaries with ``input_ids`` (B, S), optionally ``attention_mask`` and decoder
-            inputs; other keys are ignored.
+        batches: dictionaries with ``input_ids`` (B, S), optionally ``attention_mask``, decoder
+            inputs, and ``labels`` as transformers has them: -100 where a token is not to be
+            predicted; of a decoder the ids again, place by place, of a model with an encoder what
+            each place of the decoder predicts. Other keys are ignored.
         progress: show a progress bar.
 
     Raises:
-        CalibrationError: if there is nothing to predict, gradients are switched off by
-            ``torch.inference_mode``, or are not finite (the message names the layer).
+        CalibrationError: if there is nothing to predict on any rank, labels do not fit the inputs,
+            gradients are switched off by ``torch.inference_mode``, or are not finite (the message
+            names the layer).
         UnsupportedModelError: if the model gives no logits over its vocabulary, or its expert
             weights can take no gradient.
     """
@@ -59,8 +68,12 @@ def observe_gradients(
             _run(model, total, shown(batches, progress))
         for name, parameters in wanted.items():
             total.check_finite(name, parameters.values())
-    counted = torch.tensor(total.tokens, device=model.device)
-    tokens = int(_sum_over_ranks(counted))
+    tokens = int(_sum_over_ranks(torch.tensor(total.tokens, device=model.device)))
+    if not tokens:
+        raise CalibrationError(
+            "there is no token to predict in the calibration batches; give at least one row of 2 "
+            "tokens or more, and of labels that are not all -100"
+        )
     layers = {
         site.name: layer_stats(model, site, total.give(wanted[site.name], tokens)) for site in sites
     }
@@ -123,19 +136,19 @@ class _Total:
 def _run(model: PreTrainedModel, total: _Total, batches: Batches) -> None:
     for batch in batches:
         inputs = model_inputs(batch, model.device)
-        labels_BS = _labels(inputs)
+        labels_BS = _labels(inputs, batch.get("labels"))
         num_tokens = int((labels_BS >= 0).sum())
         if num_tokens:
             total.backward(_mean_loss(model, inputs, labels_BS), num_tokens)
-    if not total.tokens:
-        raise CalibrationError(
-            "there is no token to predict in the calibration batches; give at least one batch with "
-            "rows of 2 tokens or more per rank"
-        )
 
 
-def _labels(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the next token of each position but the last, -100 at padding, shape ``(B, S-1)``."""
+def _labels(inputs: Mapping[str, Tensor], given_BS: Tensor | None) -> Tensor:
+    """Return what each place predicts, -100 for nothing: ``(B, S)``, or ``(B, S-1)`` without last.
+
+    Args:
+        inputs: of the model.
+        given_BS: the labels of the batch; None takes every next token.
+    """
     prefix = "decoder_" if "decoder_input_ids" in inputs else ""
     ids = inputs.get(f"{prefix}input_ids")
     if ids is None:
@@ -143,9 +156,17 @@ def _labels(inputs: Mapping[str, Tensor]) -> Tensor:
             f"criteria of gradients need the next token as label, but a batch has only "
             f"{sorted(inputs)}; give batches with input_ids"
         )
+    if given_BS is not None and given_BS.shape != ids.shape:
+        raise CalibrationError(
+            f"labels of shape {tuple(given_BS.shape)} do not fit {prefix}input_ids of shape "
+            f"{tuple(ids.shape)}; give one label per token, -100 where nothing is predicted"
+        )
     mask = inputs.get(f"{prefix}attention_mask")
-    labels = ids[:, 1:]
-    return labels if mask is None else labels.masked_fill(mask[:, 1:] == 0, -100)
+    if given_BS is not None and prefix:
+        labels = given_BS.to(ids.device)
+        return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
+    labels = (ids if given_BS is None else given_BS.to(ids.device))[:, 1:]
+    return labels if mask is None else labels.masked_fill(mask[:, 1:] == 0, IGNORED)
 
 
 def _mean_loss(model: PreTrainedModel, inputs: dict[str, Tensor], labels_BS: Tensor) -> Tensor:
@@ -158,8 +179,8 @@ def _mean_loss(model: PreTrainedModel, inputs: dict[str, Tensor], labels_BS: Ten
             f"{type(model).__name__} gives no logits over its vocabulary ({width}), so it has no "
             "next-token loss; take a criterion that needs no gradients"
         )
-    flat = logits[:, :-1].float().flatten(0, 1)
-    return nn.functional.cross_entropy(flat, labels_BS.flatten(), ignore_index=-100)
+    flat = logits[:, : labels_BS.shape[1]].float().flatten(0, 1)
+    return nn.functional.cross_entropy(flat, labels_BS.flatten(), ignore_index=IGNORED)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from lit_moe.callbacks import IterativePruning, ReportWriter
 from lit_moe.callbacks.rounds import FineTuning
 from lit_moe.compare import calibration
 from lit_moe.compare import cells as cells_module
-from lit_moe.compare.cells import plan_of
+from lit_moe.compare.cells import plan_of, settings_of, task_data
 from lit_moe.compare.options import TaskOptions
 from lit_moe.compare.run import compare
 from lit_moe.compare.text import ComparedText
@@ -217,6 +217,17 @@ def test_questions_are_asked_of_every_cell(small_options):
     for cell in cells(found).values():
         assert 0 <= cell["tasks"]["0-shot"]["exact_match"] <= 1
         assert cell["tasks"]["0-shot"]["num_items"] > 10
+
+
+@pytest.mark.parametrize("chat", [False, True, "auto"])
+def test_only_results_of_a_chat_say_how_questions_were_asked(small_options, checkpoint, chat):
+    tasks = TaskOptions(chat=chat)
+    options = small_options(tasks=tasks)
+    settings = settings_of(options, ComparedText(options.text, str(checkpoint)))["tasks"]
+    assert settings.get("chat", False) == chat
+    assert ("chat" in settings) is bool(chat)
+    assert settings["task"] == "capitals"
+    assert task_data(tasks, str(checkpoint)).chat == chat
 
 
 def test_the_live_model_is_what_it_was(small_options, checkpoint, monkeypatch):

@@ -111,6 +111,22 @@ def test_pruning_refit_and_report_work_on_questions_unchanged(checkpoint, make_t
     assert report.calibration.tokens == seen
 
 
+def test_gradients_of_questions_are_those_of_their_answers(checkpoint, make_trainer):
+    data = TaskDataModule(
+        batch_size=8,
+        evaluated_shots=[0],
+        template=PromptTemplate("{question}"),
+        generation=GenerationOptions(max_new_tokens=2),
+    )
+    trainer = make_trainer(OneShotPruning(criterion="ege", keep_ratio=0.5), max_steps=0)
+    trainer.fit(MoEModule(str(checkpoint)), datamodule=data)
+    learnt = sum(int((row["labels"] != IGNORED).sum()) for row in rows_of(data, "calibration"))
+    assert report_writer(trainer).report.calibration.tokens == learnt
+    assert (
+        0 < learnt < sum(int(row["attention_mask"].sum()) for row in rows_of(data, "calibration"))
+    )
+
+
 def test_evaluation_knows_every_number_of_examples_and_refuses_before_the_first(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     runs: list[int] = []
@@ -127,7 +143,8 @@ def test_evaluation_knows_every_number_of_examples_and_refuses_before_the_first(
     }
 
 
-def test_every_option_can_be_written_in_a_config(tmp_path, monkeypatch):
+@pytest.mark.parametrize("chat", [True, False, "auto"])
+def test_every_option_can_be_written_in_a_config(tmp_path, monkeypatch, chat):
     options = {
         "task": "domains",
         "fractions": {"test": 0.4},
@@ -135,6 +152,7 @@ def test_every_option_can_be_written_in_a_config(tmp_path, monkeypatch):
         "generation": {"max_new_tokens": 3, "stop": ["\n", "."]},
         "shots": [0, 2],
         "evaluated_shots": [1],
+        "chat": chat,
     }
     config = {
         "seed_everything": 0,
@@ -157,3 +175,5 @@ def test_every_option_can_be_written_in_a_config(tmp_path, monkeypatch):
     assert built.template == PromptTemplate("{text}\n>", instruction="Which kind?\n")
     assert built.generation == GenerationOptions(3, ("\n", "."))
     assert (built.shots, built.evaluated_shots) == ((0, 2), (1,))
+    assert built.chat == chat
+    assert type(built.chat) is type(chat)

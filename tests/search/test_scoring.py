@@ -7,10 +7,12 @@ from lit_moe.adapters import find_sites
 from lit_moe.data.task_rows import task_rows
 from lit_moe.distill.losses import logits_distillation_loss, next_token_loss
 from lit_moe.errors import LitMoEError
+from lit_moe.evaluate.chat import chat_format
 from lit_moe.evaluate.generation import GenerationOptions, generate_answers
 from lit_moe.evaluate.multiple_choice import Question, evaluate_multiple_choice
 from lit_moe.evaluate.prompts import Prompting, PromptTemplate, TaskItem
 from lit_moe.evaluate.squad import squad_exact_match
+from lit_moe.evaluate.task_quality import evaluate_task
 from lit_moe.search import (
     Agreement,
     AnswerTokens,
@@ -30,7 +32,8 @@ from lit_moe.search import (
 )
 from lit_moe.search.rows import text_batches
 from lit_moe.search.run import Request
-from lit_moe.testing import run_distributed
+from lit_moe.testing import run_distributed, tiny_moe
+from tests.evaluate.chats import LLAMA, VOCABULARY, beginning
 
 WORDS = ("river", "stone", "a long road home", "gate")
 GENERATION = GenerationOptions(max_new_tokens=6, batch_size=8)
@@ -108,6 +111,28 @@ def test_choices_are_those_of_the_multiple_choice_evaluation(model, tokenizer):
     assert 0 < found.fitness < 100
     right = score_of(model, data, AnswerTokens(), tokenizer).finer
     assert found.finer != pytest.approx(right, rel=1e-6)  # without the end of the answer
+
+
+def test_in_a_chat_answers_are_those_of_the_task_evaluation():
+    tokenizer = beginning(LLAMA)
+    model = tiny_moe("mixtral", vocab_size=VOCABULARY).eval()
+    prompting = Prompting(PromptTemplate(), chat=chat_format(tokenizer))
+    prompts = [prompting.prompt(item) for item in questions(12)]
+    written = generate_answers(model, tokenizer, prompts, GENERATION, chat=prompting.chat)
+    items = [
+        TaskItem(item.fields, (item.answers[0], *([text] if i % 2 else [])), item.choices)
+        for i, (item, text) in enumerate(zip(questions(12), written, strict=True))
+    ]
+    rows = task_rows(items, tokenizer, [prompting], sequence_length=64, ending="\n")
+    data = SplitData([rows[i] for i in range(len(rows))], items, prompting, GENERATION)
+    expected = evaluate_task(model, tokenizer, items, prompting=prompting, generation=GENERATION)
+    found = score_of(model, data, WrittenAnswers(), tokenizer)
+    assert found.fitness == pytest.approx(100 * expected.exact_match)
+    assert found.fitness >= 50
+    found = score_of(model, data, ChoiceAccuracy(), tokenizer)
+    assert expected.choice_accuracy is not None
+    assert found.fitness == pytest.approx(100 * expected.choice_accuracy)
+    assert 0 < found.fitness < 100
 
 
 def test_written_answers_are_those_of_the_task_evaluation(model, tokenizer):

@@ -28,17 +28,89 @@ def plain_gradients(model, batches):
         logits = twin(**batch).logits[:, :-1]
         total = total + cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         count += int((labels >= 0).sum())
-    (total / count).backward()
+    return gradients_of(twin, total / count), count
+
+
+def gradients_of(twin, loss):
+    """Layer -> canonical matrices of the gradient of a loss; the model is used up."""
+    loss.backward()
     for parameter in twin.parameters():
         empty = torch.zeros_like(parameter)
         parameter.data = empty if parameter.grad is None else parameter.grad
     adapter = adapter_for(twin.config)
-    return {s.name: adapter.expert_weights(twin, s) for s in find_sites(twin)}, count
+    return {s.name: adapter.expert_weights(twin, s) for s in find_sites(twin)}
 
 
 def flat(weights, expert):
     parts = [weights[key][expert].reshape(-1) for key in MATRICES if key in weights]
     return torch.cat(parts).detach().double()
+
+
+def labelled_loss(model, batch):
+    """The mean loss as transformers itself takes it from labels, and how many there are."""
+    is_decoder = "decoder_input_ids" not in batch
+    num = int((batch["labels"][:, 1:] if is_decoder else batch["labels"]).ge(0).sum())
+    return model(**batch, output_router_logits=False).loss, num
+
+
+def with_labels(model, batch, counted):
+    """A batch that wants so many tokens at the end of each row, padding not among them."""
+    ids = batch.get("decoder_input_ids", batch["input_ids"])
+    labels = ids.clone() if ids is batch["input_ids"] else ids.roll(-1, dims=1)
+    for row, num in zip(labels, counted, strict=True):
+        row[: len(row) - num] = -100
+    return {**batch, "labels": labels}
+
+
+def assert_gram(stats, weights):
+    rows = [flat(weights, e) for e in range(stats.num_experts)]
+    gram = torch.stack([torch.stack([a @ b for b in rows]) for a in rows])
+    torch.testing.assert_close(stats.gram, gram, rtol=1e-3, atol=1e-4 * float(gram.max()))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "switch_transformers"])
+def test_labels_say_which_tokens_the_loss_is_on(family):
+    model = tiny_moe(family)
+    batches = [
+        with_labels(model, example_inputs(model, seed=1), (1, 3)),
+        with_labels(model, example_inputs(model, batch=3, length=7, seed=2), (0, 5, 2)),
+    ]
+    seen = observe_gradients(model, batches)
+    twin = copy.deepcopy(model).eval()
+    losses = [labelled_loss(twin, batch) for batch in batches]
+    assert seen.tokens == sum(num for _, num in losses) == 11
+    gradients = gradients_of(twin, sum(loss * num for loss, num in losses) / seen.tokens)
+    for name, stats in seen.layers.items():
+        assert_gram(stats, gradients[name])
+    unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    everything = observe_gradients(model, unlabelled)
+    assert everything.tokens > seen.tokens
+    assert any(
+        not torch.allclose(stats.gram, everything.layers[name].gram, rtol=0.1)
+        for name, stats in seen.layers.items()
+    )
+
+
+def test_labels_of_padding_do_not_count():
+    model = tiny_moe("mixtral")
+    batch = with_labels(model, example_inputs(model), (4, 4))
+    batch["attention_mask"][:, -2:] = 0
+    seen = observe_gradients(model, [batch])
+    assert seen.tokens == 4
+    batch["labels"][:, -2:] = -100
+    for name, stats in observe_gradients(model, [batch]).layers.items():
+        assert torch.equal(stats.gram, seen.layers[name].gram)
+
+
+def test_labels_of_every_token_are_no_labels():
+    model = tiny_moe("mixtral")
+    batch = example_inputs(model)
+    plain = observe_gradients(model, [batch])
+    labelled = observe_gradients(model, [{**batch, "labels": batch["input_ids"]}])
+    assert labelled.tokens == plain.tokens
+    for name, stats in plain.layers.items():
+        assert torch.equal(labelled.layers[name].gram, stats.gram)
+        assert torch.equal(labelled.layers[name].deviation, stats.deviation)
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -53,9 +125,7 @@ def test_numbers_are_those_of_plain_autograd(family):
     assert list(seen.layers) == [site.name for site in find_sites(model)]
     for name, stats in seen.layers.items():
         weights = gradients[name]
-        rows = [flat(weights, e) for e in range(stats.num_experts)]
-        gram = torch.stack([torch.stack([a @ b for b in rows]) for a in rows])
-        torch.testing.assert_close(stats.gram, gram, rtol=1e-3, atol=1e-4 * float(gram.max()))
+        assert_gram(stats, weights)
         for e in range(stats.num_experts):
             columns = torch.cat(
                 [
@@ -177,6 +247,14 @@ def test_a_model_without_vocabulary_logits_is_refused():
             [{"pixel_values": torch.ones(1)}],
             r"only \['pixel_values'\]; give batches with input_ids",
         ),
+        (
+            [{"input_ids": torch.ones(2, 3).long(), "labels": torch.full((2, 3), -100)}],
+            "no token to predict .* labels that are not all -100",
+        ),
+        (
+            [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}],
+            r"labels of shape \(2,\) do not fit input_ids of shape \(2, 3\)",
+        ),
     ],
 )
 def test_batches_without_labels_are_refused(batches, message):
@@ -204,5 +282,22 @@ def test_two_ranks_with_uneven_shares_see_what_one_rank_does(family):
 
     for seen in run_distributed(share):
         assert seen.tokens == alone.tokens
+        for name, stats in alone.layers.items():
+            torch.testing.assert_close(seen.layers[name].gram, stats.gram, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("counted", [(1, 0, 6, 2), (0, 2, 0, 5)], ids=["uneven", "none"])
+def test_two_ranks_weigh_by_labelled_tokens(counted):
+    model = tiny_moe("mixtral")
+    batch = with_labels(model, example_inputs(model, batch=4), counted)
+    alone = observe_gradients(model, [batch])
+
+    def share(rank):
+        rows = slice(0, 1) if rank == 0 else slice(1, 4)
+        return observe_gradients(model, [{key: value[rows] for key, value in batch.items()}])
+
+    for seen in run_distributed(share):
+        assert seen.tokens == alone.tokens == sum(counted)
         for name, stats in alone.layers.items():
             torch.testing.assert_close(seen.layers[name].gram, stats.gram, rtol=1e-4, atol=1e-9)
