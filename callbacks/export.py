@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lit_moe.callbacks.report import report_writer
 from lit_moe.errors import ExportError
-from lit_moe.export import ExportResult, check_target, export, whole_on_first_rank
+from lit_moe.export import ExportResult, Wanted, check_target, export, whole_on_first_rank
 from lit_moe.module import MoEModule
 from lit_moe.report.schema import Export
 
@@ -21,7 +21,8 @@ class ExportModel(Callback):
 
     Args:
         path: the folder to make; relative to the run's folder unless absolute.
-        layout: for layers with different numbers of experts, see ``lit_moe.export.export``.
+        layout: for layers with different numbers of experts, or to pack 2:4 zeros
+            (``compressed_2_4``), see ``lit_moe.export.export``.
         overwrite: replace an older export.
         dtype: cast the weights before writing; ``auto`` is the source checkpoint's own, None
             keeps those of training.
@@ -32,7 +33,7 @@ class ExportModel(Callback):
     def __init__(
         self,
         path: str = "model",
-        layout: Literal["auto", "per_layer_config", "padded"] = "auto",
+        layout: Wanted = "auto",
         overwrite: bool = False,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = "auto",
         verify: bool = True,

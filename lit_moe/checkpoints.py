@@ -30,6 +30,9 @@ from lit_moe.progress import late_progress_bars
 REMOTE_CODE_FILE = "modeling_lit_moe.py"
 """Name of the modelling file that a non-uniform export carries for people without lit-moe."""
 
+PACKED_FORMAT = "sparse-24-bitmask"
+"""How compressed-tensors calls packed 2:4 weights; see :mod:`lit_moe.export.compressed`."""
+
 _HEADER_LENGTH_BYTES = 8
 _LONGEST_QUOTE = 200
 _AUTO_CLASSES = (
@@ -128,6 +131,11 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     config = kwargs.pop("config", None) or read_config(
         path, trust_remote_code=kwargs.get("trust_remote_code")
     )
+    if is_packed(config):
+        raise LitMoEError(
+            f"{path} holds packed 2:4 weights ({PACKED_FORMAT}), which transformers does not read; "
+            "lit_moe.export.load_compressed does, and lit_moe.export writes it as a plain folder"
+        )
     if Path(path).is_dir():
         check_weights(path)
     _forget_remote_copy(config)
@@ -135,6 +143,13 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     kwargs.setdefault("dtype", "auto")
     with per_layer_counts(config, cls), mixed_when_built(config, cls), late_progress_bars():
         return cls.from_pretrained(path, config=config, **kwargs)
+
+
+def is_packed(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint stores 2:4 weights without their zeros."""
+    entry = getattr(config, "quantization_config", None) or {}
+    sparsity = entry.get("sparsity_config") if isinstance(entry, dict) else None
+    return (sparsity or {}).get("format") == PACKED_FORMAT
 
 
 def _class_in(auto: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -161,10 +176,14 @@ def _looks_like_path(name: str) -> bool:
 def made_by(folder: Path) -> str:
     """Return how to make a folder of the kind ``runs/vision/pretrain/model``, if a config does."""
     parts = folder.parts
-    config = Path("configs", *parts[1:3]).with_suffix(".yaml")
-    if len(parts) < 3 or parts[0] != "runs" or not config.is_file():
+    if len(parts) < 3 or parts[0] != "runs":
         return ""
-    return f"; this makes it: lightning fit --config {config}"
+    config = Path("configs", *parts[1:3]).with_suffix(".yaml")
+    beside = Path(__file__).parents[1] / config  # of a checkout, seen from another folder
+    for path in (config, beside):
+        if path.is_file():
+            return f"; this makes it: lightning fit --config {path}"
+    return ""
 
 
 def _check_config_file(folder: Path) -> None:

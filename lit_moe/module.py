@@ -16,7 +16,6 @@ from lit_moe.assets import EMBEDDED
 from lit_moe.checkpoint_io import keep_whole
 from lit_moe.distill.images import accuracy, check_image_weights, image_recovery, takes_images
 from lit_moe.distill.losses import next_token_loss, next_token_nll
-from lit_moe.distill.recovery import RecoveryLoss
 from lit_moe.distill.step import Ranks, Step, targets_of
 from lit_moe.distill.weights import LossWeights as LossWeights
 from lit_moe.errors import LitMoEError
@@ -25,20 +24,20 @@ from lit_moe.models import (
     build_model,
     check_vocabulary,
     checkpoint_dtype,
-    frozen_copy,
     sharing_copy,
 )
 from lit_moe.models.vision import check_images, check_labels
 from lit_moe.optimization import OptimizerConfig as OptimizerConfig
 from lit_moe.optimization import build_optimizer, build_schedule, freeze_untrained
-from lit_moe.resumable import ResumableModule
 from lit_moe.resuming import read_header
 from lit_moe.sharding.partitions import is_partitioned, loading_partitioned
+from lit_moe.taught import TaughtModule
+from lit_moe.teachers import TeacherConfig as TeacherConfig
 
 Batch = Mapping[str, Tensor]
 
 
-class MoEModule(ResumableModule):
+class MoEModule(TaughtModule):
     """A Mixture-of-Experts language model, its recovery loss and its optimizer.
 
     The model is built in ``configure_model``; then every callback that has a method
@@ -57,6 +56,9 @@ class MoEModule(ResumableModule):
         optimizer: AdamW and schedule.
         loss: weights of the terms.
         trust_remote_code: run model code that comes with the checkpoint.
+        teacher: who is imitated by the terms of the loss that need one; None takes the model as it
+            was loaded. A model that lit-moe exported after dropping experts can learn from the
+            one that it was made from: experts are paired by their former numbers.
         num_labels: of an image classifier; another number than the checkpoint's gives it a new,
             random classifier.
     """
@@ -70,17 +72,15 @@ class MoEModule(ResumableModule):
         loss: LossWeights | None = None,
         trust_remote_code: bool = False,
         num_labels: int | None = None,
+        teacher: TeacherConfig | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(loss or LossWeights(), teacher)
         self.model_name_or_path = model_name_or_path
         self.architecture = architecture
         self.dtype_name = dtype
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.loss_weights = loss or LossWeights()
-        self.recovery = RecoveryLoss(self.loss_weights)
         self.trust_remote_code = trust_remote_code
         self.num_labels = num_labels
-        self.teacher: PreTrainedModel | None = None
         self.source_dtype: str | None = None
         self.keep_unpruned = False
         self._unpruned: tuple[PreTrainedModel, ...] = ()  # a tuple, so that it is no submodule
@@ -94,26 +94,28 @@ class MoEModule(ResumableModule):
         check_versions_agree()
         self._check_checkpoint()
         with loading_partitioned(self.loading_config):
-            self.model = self._build()
+            self.model = self.build()
             if takes_images(self.model):
                 check_image_weights(self.loss_weights)
             else:
                 self.recovery.check(self.model)
-            if self.recovery.needs_teacher:
-                self.teacher = frozen_copy(self.model, rebuild=self._build)
+        self.add_teacher(self.model)
         if self.architecture is None:
             self.source_dtype = checkpoint_dtype(self.model_name_or_path)
         if self._trainer is not None:  # load_from_checkpoint has none
+            self.open_cache(self.model)
             self.shrink_as_evaluated()
             if self.keep_unpruned and not is_partitioned(self.model):
                 self.to(self.trainer.strategy.root_device)  # moving later would end the sharing
-                self._unpruned = (self.teacher or sharing_copy(self.model),)
+                own = self.teacher if self.teacher_config is None else None
+                self._unpruned = (own or sharing_copy(self.model),)
             self._let_callbacks_act()
             self._unpruned = ()
         freeze_untrained(self.model, self.optimizer_config.trained)
         self.model.train()
 
-    def _build(self) -> PreTrainedModel:
+    def build(self) -> PreTrainedModel:
+        """Return the model as it is loaded."""
         return build_model(
             self.model_name_or_path,
             architecture=self.architecture,
@@ -121,12 +123,6 @@ class MoEModule(ResumableModule):
             trust_remote_code=self.trust_remote_code,
             num_labels=self.num_labels,
         )
-
-    @property
-    def loading_config(self) -> dict[str, Any] | None:
-        """DeepSpeed's configuration if the strategy loads models straight into partitions."""
-        strategy = None if self._trainer is None else self.trainer.strategy
-        return getattr(strategy, "loading_config", None)
 
     def _check_strategy(self) -> None:
         """Refuse a strategy that would let random weights become NaN and plans see nothing."""
@@ -158,7 +154,7 @@ class MoEModule(ResumableModule):
         )
 
     def _let_callbacks_act(self) -> None:
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = self.data_tokenizer
         if tokenizer is not None:
             check_vocabulary(self.built_model, len(tokenizer), tokenizer.name_or_path)
         names = getattr(getattr(self.trainer, "datamodule", None), "label_names", None)
@@ -181,8 +177,8 @@ class MoEModule(ResumableModule):
         if "pixel_values" in batch:
             recovery = image_recovery(self.built_model, self.teacher, batch, self.loss_weights)
         else:
-            ranks = Ranks(self.trainer.world_size, self._sum_over_ranks)
-            step = Step(self.built_model, self.teacher, batch, plan=self.plan, ranks=ranks)
+            ranks = Ranks(self.trainer.world_size, self.sum_over_ranks)
+            step = Step(self.built_model, self.teacher, batch, self.plan, self.origin, ranks)
             recovery = self.recovery(step)
         self.log("train/loss", recovery.total, prog_bar=True)
         logged = {**recovery.values, **recovery.details}
@@ -225,11 +221,6 @@ class MoEModule(ResumableModule):
     def load_loss_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`loss_state` gave."""
         self.recovery.load_state(state)
-
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        total = self.trainer.strategy.reduce(tensor.detach().clone(), reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total
 
     def _forward(self, batch: Batch) -> Any:
         return self.built_model(

@@ -1,13 +1,12 @@
-"""Experts run with one row per (token, expert) pair: those that routing chose, and others beside.
+"""Experts seen with one row per (token, expert) pair: those that routing chose, and others beside.
 
-T tokens, K experts per token, H hidden, E experts, R rows: the T x K chosen pairs first, in their
-order, then those asked for.
+T tokens, K experts per token, H hidden, E experts, R rows: T x K for the chosen pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +37,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Rows:
-    """One call of one experts module.
+    """Some of the rows of one call of one experts module, in any order.
 
     Attributes:
         pairs: what each row is.
@@ -53,9 +52,8 @@ class Rows:
 
 Asked = Callable[[Pairs], tuple[Tensor, Tensor]]
 """From the chosen pairs of a call to further ``expert_ids`` and ``token_ids``."""
-OnRows = Callable[[Rows], None]
-OnAnswers = Callable[[Pairs, Tensor], None]
-"""What takes pairs and their raw outputs, shape ``(R, H)``."""
+OnRows = Callable[[Sequence[Rows]], None]
+"""What takes the chosen rows of a call, and those asked for if there are any."""
 
 
 def check_dispatch(model: PreTrainedModel) -> None:
@@ -77,9 +75,11 @@ def check_dispatch(model: PreTrainedModel) -> None:
 def dispatched(
     model: PreTrainedModel, site: MoESite, asked: Asked | None, on_rows: OnRows
 ) -> Iterator[None]:
-    """Run the experts of one layer row by row inside the block; the layer's output stays the same.
+    """Report the raw outputs of the experts of one layer inside the block, with their gradients.
 
-    All rows go through the model's own implementation in one call, so gradients flow as ever.
+    The layer's output stays the same. Fused experts of transformers are read where they hold their
+    raw outputs anyway, and called a second time for what is asked beside; others are called with
+    one row per pair.
 
     Args:
         model: of a family that :func:`check_dispatch` lets pass.
@@ -88,55 +88,81 @@ def dispatched(
         on_rows: called once per call of the experts.
     """
     adapter, experts = adapter_for(model.config), model.get_submodule(site.experts)
-    forward = experts.forward
+    call = _Call(adapter, site, experts.forward, asked, on_rows)
+    with ExitStack() as stack:
+        forward = call.by_rows
+        if site.registered and is_fused(experts):
+            stack.enter_context(slots_of(experts, call.remember))
+            forward = call.as_ever
+        # The instance dictionary wins over the class; hooks of the module still run around it.
+        experts.__dict__["forward"] = forward
+        stack.callback(experts.__dict__.pop, "forward")
+        yield
 
-    def by_rows(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        hidden = args[0] if args else kwargs["hidden_states"]
+
+class _Call:
+    """Calls of one experts module, one after another."""
+
+    def __init__(
+        self,
+        adapter: MoEAdapter,
+        site: MoESite,
+        forward: Callable[..., Tensor],
+        asked: Asked | None,
+        on_rows: OnRows,
+    ) -> None:
+        self._adapter, self._site, self._forward = adapter, site, forward
+        self._asked, self._on_rows = asked, on_rows
+        self._slots: list[Slots] = []
+
+    def remember(self, slots: Slots) -> None:
+        """Keep what a fused forward holds, until it is over."""
+        self._slots.append(slots)
+
+    def as_ever(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Run a fused forward, then what is asked beside it."""
+        output = self._forward(*args, **kwargs)
         index_TK, weights_TK = routing_of(args, kwargs)
+        hidden_TH = _hidden(args, kwargs).reshape(len(index_TK), -1)
+        slots = self._slots.pop()
+        pairs = self._pairs(slots.expert_ids, slots.token_ids, slots.gates, len(index_TK))
+        self._report(Rows(pairs, hidden_TH, slots.outputs), weights_TK.dtype)
+        return output
+
+    def by_rows(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Run any forward with one row per pair, then weigh and add up as it would have."""
+        hidden, (index_TK, weights_TK) = _hidden(args, kwargs), routing_of(args, kwargs)
         num_tokens, num_slots = index_TK.shape
         hidden_TH = hidden.reshape(num_tokens, -1)
-        pairs, inputs_RH = _with_asked(adapter, site, (index_TK, weights_TK), hidden_TH, asked)
-        outputs_RH = run_rows(adapter, forward, inputs_RH, pairs.expert_ids, weights_TK.dtype)
-        on_rows(Rows(pairs, hidden_TH, outputs_RH))
-        num_chosen = num_tokens * num_slots
-        chosen = outputs_RH if len(outputs_RH) == num_chosen else outputs_RH[:num_chosen]
-        chosen = chosen * weights_TK.reshape(-1, 1)
-        summed = chosen.view(num_tokens, num_slots, -1).sum(dim=1)
-        return summed.to(hidden.dtype).view(hidden.shape)
+        ids, gates = index_TK.reshape(-1), weights_TK.reshape(-1)
+        inputs_RH = hidden_TH[:, None].expand(-1, num_slots, -1).reshape(ids.numel(), -1)
+        outputs_RH = run_rows(self._adapter, self._forward, inputs_RH, ids, weights_TK.dtype)
+        tokens = torch.arange(num_tokens, device=ids.device).repeat_interleave(num_slots)
+        pairs = self._pairs(ids, tokens, gates, num_tokens)
+        self._report(Rows(pairs, hidden_TH, outputs_RH), weights_TK.dtype)
+        chosen_TKH = (outputs_RH * gates[:, None]).view(num_tokens, num_slots, -1)
+        return chosen_TKH.sum(dim=1).to(hidden.dtype).view(hidden.shape)
 
-    # The instance dictionary wins over the class; hooks of the module still run around it.
-    experts.__dict__["forward"] = by_rows
-    try:
-        yield
-    finally:
-        del experts.__dict__["forward"]
+    def _pairs(self, ids: Tensor, tokens: Tensor, gates: Tensor, num_tokens: int) -> Pairs:
+        real = self._adapter.is_real_slot(self._site, ids, gates)
+        return Pairs(ids, tokens, real, num_tokens)
+
+    def _report(self, chosen: Rows, dtype: torch.dtype) -> None:
+        """Run what is asked beside the chosen rows, and tell of both."""
+        reported = [chosen]
+        if self._asked is not None:
+            ids, tokens = self._asked(chosen.pairs)
+            if len(ids):
+                inputs_RH = chosen.hidden.index_select(0, tokens)
+                outputs_RH = run_rows(self._adapter, self._forward, inputs_RH, ids, dtype)
+                real = torch.ones_like(tokens, dtype=torch.bool)
+                pairs = Pairs(ids, tokens, real, chosen.pairs.num_tokens)
+                reported.append(Rows(pairs, chosen.hidden, outputs_RH))
+        self._on_rows(reported)
 
 
-@contextmanager
-def observed(
-    model: PreTrainedModel, site: MoESite, asked: Asked | None, on_answers: OnAnswers
-) -> Iterator[None]:
-    """Report what the experts of one layer say inside the block, where they say it anyway.
-
-    Args:
-        model: of a family that :func:`check_dispatch` lets pass; takes no gradient.
-        site: the MoE layer.
-        asked: which pairs to run beside those that routing chose; None for none.
-        on_answers: called once per call of the experts.
-    """
-    experts = model.get_submodule(site.experts)
-    if asked is None and site.registered and is_fused(experts):
-
-        def on_slots(slots: Slots) -> None:
-            real = slots.expert_ids < site.num_experts
-            num_tokens = slots.expert_ids.numel() // site.top_k
-            on_answers(Pairs(slots.expert_ids, slots.token_ids, real, num_tokens), slots.outputs)
-
-        with slots_of(experts, on_slots):
-            yield
-        return
-    with dispatched(model, site, asked, lambda rows: on_answers(rows.pairs, rows.outputs)):
-        yield
+def _hidden(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def run_rows(
@@ -161,29 +187,3 @@ def run_rows(
         index = index.expand(-1, 2)
         weights = torch.cat([weights, torch.zeros_like(weights)], dim=1)
     return experts(inputs_RH, index, weights).reshape(inputs_RH.shape[0], -1)
-
-
-def _with_asked(
-    adapter: MoEAdapter,
-    site: MoESite,
-    routing: tuple[Tensor, Tensor],
-    hidden_TH: Tensor,
-    asked: Asked | None,
-) -> tuple[Pairs, Tensor]:
-    """Return all pairs of a call and the hidden state of each, shape ``(R, H)``."""
-    index_TK, weights_TK = routing
-    num_tokens, num_slots = index_TK.shape
-    ids = index_TK.reshape(-1)
-    tokens = torch.arange(num_tokens, device=ids.device).repeat_interleave(num_slots)
-    pairs = Pairs(ids, tokens, adapter.is_real_slot(site, ids, weights_TK.reshape(-1)), num_tokens)
-    inputs_RH = hidden_TH[:, None].expand(-1, num_slots, -1).reshape(ids.numel(), -1)
-    if asked is None:
-        return pairs, inputs_RH
-    more_ids, more_tokens = asked(pairs)
-    joined = Pairs(
-        torch.cat([ids, more_ids.to(ids.dtype)]),
-        torch.cat([tokens, more_tokens]),
-        torch.cat([pairs.real, torch.ones_like(more_tokens, dtype=torch.bool)]),
-        num_tokens,
-    )
-    return joined, torch.cat([inputs_RH, hidden_TH.index_select(0, more_tokens)])

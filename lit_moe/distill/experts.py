@@ -6,7 +6,7 @@ T tokens, H hidden, E experts of the student, R rows (token and expert).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,17 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_moe.adapters import adapter_for
-from lit_moe.distill.comparison import Differences, Wanted, not_among
+from lit_moe.distill.comparison import Differences, Wanted, joined, not_among
 from lit_moe.distill.dispatch import (
-    OnAnswers,
+    OnRows,
     Pairs,
     Rows,
     check_dispatch,
     dispatched,
-    observed,
     run_rows,
 )
-from lit_moe.distill.pairing import LayerPairing, Pairing
+from lit_moe.distill.pairing import LayerPairing
 from lit_moe.distill.step import Step
 from lit_moe.distill.terms import Term
 from lit_moe.distill.weights import Alignment
@@ -70,12 +69,12 @@ class ExpertDistillation(Term):
         assert step.teacher is not None
         self._wanted: dict[str, list[Wanted]] = {}
         with ExitStack() as stack:
-            for layer in Pairing.of(step.student, step.teacher, step.plan).layers:
+            for layer in step.pairing.layers:
                 calls = self._wanted[layer.name] = []
                 mask_T = step.token_mask.of(layer.student)
                 keep = _keeping(layer, mask_T, calls)
                 asked = _everything(layer) if self.alignment == "dense" else None
-                stack.enter_context(observed(step.teacher, layer.teacher, asked, keep))
+                stack.enter_context(dispatched(step.teacher, layer.teacher, asked, keep))
             yield
 
     @contextmanager
@@ -84,7 +83,7 @@ class ExpertDistillation(Term):
         assert step.teacher is not None
         self._layers: dict[str, Differences] = {}
         with ExitStack() as stack:
-            for layer in Pairing.of(step.student, step.teacher, step.plan).layers:
+            for layer in step.pairing.layers:
                 differences = self._layers[layer.name] = Differences(layer)
                 stack.enter_context(self._comparing(step, layer, differences))
             yield
@@ -97,13 +96,13 @@ class ExpertDistillation(Term):
                 step.student,
                 layer.student,
                 None,
-                lambda rows: differences.add(rows, wanted_of(rows)),
+                lambda rows: differences.add(rows, wanted_of(rows[0])),
             )
         calls = iter(self._wanted[layer.name])
         now: list[Wanted] = []
 
         def asked(chosen: Pairs) -> tuple[Tensor, Tensor]:
-            now[:] = [next(calls)]
+            now[:] = [next(calls).to(chosen.token_ids.device)]
             return not_among(chosen, now[0], layer.student.num_experts)
 
         return dispatched(
@@ -178,23 +177,22 @@ def _everything(layer: LayerPairing) -> Callable[[Pairs], tuple[Tensor, Tensor]]
     return asked
 
 
-def _keeping(layer: LayerPairing, mask_T: Tensor | None, calls: list[Wanted]) -> OnAnswers:
-    def keep(pairs: Pairs, outputs_RH: Tensor) -> None:
-        calls.append(_in_student(layer, mask_T, pairs, outputs_RH))
+def _keeping(layer: LayerPairing, mask_T: Tensor | None, calls: list[Wanted]) -> OnRows:
+    def keep(rows: Sequence[Rows]) -> None:
+        calls.append(joined([_in_student(layer, mask_T, some) for some in rows]))
 
     return keep
 
 
-def _in_student(
-    layer: LayerPairing, mask_T: Tensor | None, pairs: Pairs, outputs_RH: Tensor
-) -> Wanted:
+def _in_student(layer: LayerPairing, mask_T: Tensor | None, rows: Rows) -> Wanted:
     """Number the teacher's rows as the student does."""
+    pairs = rows.pairs
     number = _translation(layer.teacher_ids, layer.student_ids, layer.teacher.num_experts, pairs)
     ids = number[pairs.expert_ids.clamp(max=layer.teacher.num_experts - 1)]
     valid = pairs.real & (ids >= 0)
     if mask_T is not None:
-        valid = valid & mask_T[pairs.token_ids]
-    return Wanted(ids, pairs.token_ids, valid, outputs_RH)
+        valid = valid & mask_T.to(valid.device)[pairs.token_ids]
+    return Wanted(ids, pairs.token_ids, valid, rows.outputs)
 
 
 def _answers_to_own(step: Step, layer: LayerPairing) -> Callable[[Rows], Wanted]:
@@ -213,8 +211,10 @@ def _answers_to_own(step: Step, layer: LayerPairing) -> Callable[[Rows], Wanted]
         if mask_T is not None:
             valid = valid & mask_T[pairs.token_ids]
         inputs_RH = rows.hidden.detach().index_select(0, pairs.token_ids)
-        outputs = run_rows(adapter, experts, inputs_RH, ids.clamp(min=0), inputs_RH.dtype)
-        return Wanted(pairs.expert_ids, pairs.token_ids, valid, outputs)
+        inputs_RH = inputs_RH.to(teacher.device, teacher.dtype)
+        asked = ids.clamp(min=0).to(teacher.device)
+        outputs = run_rows(adapter, experts, inputs_RH, asked, inputs_RH.dtype)
+        return Wanted(pairs.expert_ids, pairs.token_ids, valid, outputs.to(valid.device))
 
     return answers
 

@@ -27,6 +27,11 @@ def check_image_weights(weights: LossWeights) -> None:
     Raises:
         LitMoEError: naming the first, and what there is instead.
     """
+    if weights.top_k is not None:
+        raise LitMoEError(
+            f"loss.top_k is {weights.top_k}, but image classifiers are distilled from all labels; "
+            "leave loss.top_k and loss.cache out"
+        )
     for name in _TEXT_ONLY:
         if getattr(weights, name) > 0:
             raise LitMoEError(

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_moe.distill.experts import ExpertDistillation
+from lit_moe.distill.logits_cache import LogitsCache
+from lit_moe.distill.pairing import PairingMemory
 from lit_moe.distill.step import Step
 from lit_moe.distill.terms import (
     LoadBalance,
@@ -46,11 +48,18 @@ class RecoveryLoss:
 
     def __init__(self, weights: LossWeights) -> None:
         self.terms = terms_of(weights)
+        self._pairings = PairingMemory()
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a copy of the unpruned model must be kept."""
         return any(term.needs_teacher for term in self.terms)
+
+    def read_logits_from(self, cache: LogitsCache) -> None:
+        """Let the distillation take the teacher's logits from a cache."""
+        for term in self.terms:
+            if isinstance(term, LogitsDistillation):
+                term.cache = cache
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model that some term cannot be computed for."""
@@ -59,6 +68,7 @@ class RecoveryLoss:
 
     def __call__(self, step: Step) -> Recovery:
         """Run both models, the teacher first and without gradients. Collective."""
+        step.pairings = self._pairings
         if any(term.runs_teacher for term in self.terms):
             self._run_teacher(step)
         with ExitStack() as stack:
@@ -79,7 +89,8 @@ class RecoveryLoss:
             for term in self.terms:
                 if term.runs_teacher:
                     stack.enter_context(term.watching_teacher(step))
-            step.teacher_logits = _logits(step.teacher, step)
+            logits = _logits(step.teacher, step)
+        step.teacher_logits = logits.to(step.batch["input_ids"].device)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run must know, as plain values."""
@@ -94,7 +105,12 @@ class RecoveryLoss:
 def terms_of(weights: LossWeights) -> tuple[Term, ...]:
     """Return the terms of the loss, the next-token loss first."""
     terms = (
-        LogitsDistillation(weights.distillation, temperature=weights.temperature),
+        LogitsDistillation(
+            weights.distillation,
+            temperature=weights.temperature,
+            top_k=weights.top_k,
+            cached=weights.cache is not None,
+        ),
         LoadBalance(weights.load_balance),
         ExpertDistillation(
             weights.experts, factor=weights.experts_lambda, alignment=weights.alignment
@@ -105,6 +121,7 @@ def terms_of(weights: LossWeights) -> tuple[Term, ...]:
 
 
 def _logits(model: PreTrainedModel, step: Step) -> Tensor:
-    outputs = model(input_ids=step.batch["input_ids"], attention_mask=step.batch["attention_mask"])
+    ids, mask = (step.batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    outputs = model(input_ids=ids, attention_mask=mask)
     logits: Tensor = outputs.logits
     return logits

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_moe.distill.pairing import Pairing, PairingMemory
 from lit_moe.plans import Plan
 from lit_moe.stats.tap import TokenMask
 
@@ -43,21 +44,25 @@ class Step:
         student: the model that is trained.
         teacher: the model as it was loaded, frozen; None if no term needs it.
         batch: ``input_ids`` and ``attention_mask``, maybe ``labels``, each of shape ``(B, S)``.
-        plan: which experts of the teacher the student kept; None for all.
+        plan: which experts the student kept of those that it was loaded with; None for all.
+        origin: which experts of the teacher it was loaded with; None for all.
         ranks: the processes that share the step.
         logits: of the student, after its forward, shape ``(B, S, V)``.
         teacher_logits: of the teacher; None if its forward was not needed.
         values: of the terms so far, by name.
+        pairings: those of former steps.
     """
 
     student: PreTrainedModel
     teacher: PreTrainedModel | None
     batch: Mapping[str, Tensor]
     plan: Plan | None = None
+    origin: Plan | None = None
     ranks: Ranks = ALONE
     logits: Tensor | None = None
     teacher_logits: Tensor | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
+    pairings: PairingMemory = field(default_factory=PairingMemory)
 
     @cached_property
     def token_mask(self) -> TokenMask:
@@ -65,6 +70,12 @@ class Step:
         mask = TokenMask()
         mask.set(self.batch)
         return mask
+
+    @cached_property
+    def pairing(self) -> Pairing:
+        """Which expert of the student stems from which of the teacher."""
+        assert self.teacher is not None
+        return self.pairings.of(self.student, self.teacher, self.plan, self.origin)
 
     @cached_property
     def targets(self) -> Targets:

@@ -12,15 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_moe.adapters import find_sites
+from lit_moe.distill.logits_cache import LogitsCache
 from lit_moe.distill.losses import (
     load_balancing_loss,
     logits_distillation_loss,
     next_token_loss,
     router_distillation_loss,
 )
-from lit_moe.distill.pairing import Pairing
 from lit_moe.distill.routers import recorded_routers
 from lit_moe.distill.step import Step
+from lit_moe.distill.top_logits import TopLogits, top_logits, top_logits_loss
+from lit_moe.errors import LitMoEError
 
 
 class Term(ABC):
@@ -35,7 +37,7 @@ class Term(ABC):
     """
 
     name: ClassVar[str]
-    needs_teacher: ClassVar[bool] = False
+    needs_teacher: bool = False
     runs_teacher: bool = False
     factor: float = 1.0
 
@@ -98,28 +100,63 @@ class LogitsDistillation(Term):
     Args:
         weight: of the term.
         temperature: both distributions are softened by it.
+        top_k: compare with so many likeliest tokens; None for all.
+        cached: whether they are read from ``cache``, which must be set before the first step.
     """
 
     name = "distillation"
-    needs_teacher = True
-    runs_teacher = True
 
-    def __init__(self, weight: float, *, temperature: float) -> None:
+    def __init__(
+        self, weight: float, *, temperature: float, top_k: int | None = None, cached: bool = False
+    ) -> None:
         super().__init__(weight)
-        self.temperature = temperature
+        self.temperature, self.top_k = temperature, top_k
+        self.cached = cached
+        self.needs_teacher = self.runs_teacher = not cached
+        self.cache: LogitsCache | None = None
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse to keep more logits than there are."""
+        vocabulary = model.config.get_text_config().vocab_size
+        if self.top_k is not None and self.top_k > vocabulary:
+            raise LitMoEError(
+                f"loss.top_k is {self.top_k}, but {type(model).__name__} has only {vocabulary} "
+                "tokens; null takes all"
+            )
 
     def value(self, step: Step) -> Tensor:
-        """Return the mean over the predictions that count."""
+        """Return the mean over the predictions that count.
+
+        Raises:
+            LitMoEError: if the cache lacks a block of the batch.
+        """
         assert step.logits is not None
-        assert step.teacher_logits is not None
         mask_BS = step.targets.predicting
+        num_tokens = step.num_tokens(mask_BS)
+        if self.top_k is not None:
+            return top_logits_loss(
+                step.logits,
+                self._top_logits(step),
+                mask_BS,
+                temperature=self.temperature,
+                num_tokens=num_tokens,
+            )
+        assert step.teacher_logits is not None
         return logits_distillation_loss(
             step.logits,
             step.teacher_logits,
             mask_BS,
             temperature=self.temperature,
-            num_tokens=step.num_tokens(mask_BS),
+            num_tokens=num_tokens,
         )
+
+    def _top_logits(self, step: Step) -> TopLogits:
+        if self.cached:
+            assert self.cache is not None, "the cache is opened before the first step"
+            return self.cache.read(step.batch)
+        assert self.top_k is not None
+        assert step.teacher_logits is not None
+        return top_logits(step.teacher_logits, self.top_k)
 
 
 class LoadBalance(Term):
@@ -159,25 +196,26 @@ class RouterDistillation(Term):
     def watching_teacher(self, step: Step) -> Iterator[None]:
         """Record the teacher's routers."""
         assert step.teacher is not None
-        with recorded_routers(step.teacher, find_sites(step.teacher)) as self._teachers:
+        sites = [layer.teacher for layer in step.pairing.layers]
+        with recorded_routers(step.teacher, sites) as self._teachers:
             yield
 
     @contextmanager
     def watching_student(self, step: Step) -> Iterator[None]:
         """Record the student's routers."""
-        with recorded_routers(step.student, find_sites(step.student)) as self._students:
+        sites = [layer.student for layer in step.pairing.layers]
+        with recorded_routers(step.student, sites) as self._students:
             yield
 
     def value(self, step: Step) -> Tensor:
         """Return the mean over the layers that ran."""
-        assert step.teacher is not None
-        pairing = Pairing.of(step.student, step.teacher, step.plan)
         self._layers = {}
-        for layer in pairing.layers:
+        for layer in step.pairing.layers:
             if layer.name not in self._students:
                 continue
             student_TE = self._students[layer.name][:, list(layer.student_ids)]
             teacher_TE = self._teachers[layer.name][:, list(layer.teacher_ids)]
+            teacher_TE = teacher_TE.to(student_TE.device)
             mask_T = step.token_mask.of(layer.student)
             if mask_T is None:
                 mask_T = torch.ones_like(student_TE[:, 0])

@@ -22,6 +22,10 @@ class LossWeights:
         distillation: KL from the unpruned model's next-token distribution; above 0, a frozen copy
             of the model is kept as the teacher, as for ``experts`` and ``router``.
         temperature: of the distillation.
+        top_k: compare only with the teacher's so many likeliest tokens, made to sum to 1; None
+            takes all.
+        cache: folder that holds those likeliest tokens on disk, completed before anything is
+            pruned; then the distillation needs no teacher in memory. Needs ``top_k``.
         load_balance: Switch auxiliary loss over the router's logits.
         experts: expert-wise distillation (MoE-Pruner, arXiv 2410.12013): squared difference of the
             outputs of each expert and its original, summed over layers and experts.
@@ -41,6 +45,8 @@ class LossWeights:
     experts_lambda: float | None = None
     alignment: Alignment = "forced"
     router: float = 0.0
+    top_k: int | None = None
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no term can use."""
@@ -55,6 +61,23 @@ class LossWeights:
         if self.alignment not in get_args(Alignment):
             raise LitMoEError(
                 f"loss.alignment is {self.alignment!r}; it can be {', '.join(get_args(Alignment))}"
+            )
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise LitMoEError(f"loss.top_k is {self.top_k}; it must be at least 1, or null for all")
+        if self.cache is None:
+            return
+        if self.top_k is None:
+            raise LitMoEError(
+                f"loss.cache is {self.cache!r}, but whole distributions are not kept on disk; set "
+                "loss.top_k, for instance 64"
+            )
+        if self.distillation == 0:
+            raise LitMoEError(
+                f"loss.cache is {self.cache!r}, but loss.distillation is 0, so that nothing would "
+                "read it; set loss.distillation, or leave the cache out"
             )
 
 

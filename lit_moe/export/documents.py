@@ -152,6 +152,8 @@ def _quality(stages: Mapping[str, Any]) -> str:
 
 def _loading(model: PreTrainedModel, layout: str) -> str:
     cls = _auto_name(model)
+    if layout == "compressed_2_4":
+        return f"## Loading\n\n{_PACKED}"
     if layout not in ("per_layer_config", "mixed_routers"):
         code = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("this folder")'
         return f"## Loading\n\n```python\n{code}\n```\n"
@@ -164,6 +166,17 @@ def _loading(model: PreTrainedModel, layout: str) -> str:
     )
 
 
+_PACKED = """Two of every four inputs of each expert are 0 and not stored (compressed-tensors,
+`sparse-24-bitmask`). vLLM from 0.19.1 does not read this, and transformers 5 with
+compressed-tensors 0.15 or newer gives random experts and a report of missing keys. With lit-moe
+(`pip install 'lit-moe[compressed]'`) the model is dense again:
+
+```python
+from lit_moe.export import load_compressed
+
+model = load_compressed("this folder")
+```
+"""
 _PECULIARITIES = {
     "per_layer_config": "Layers keep different numbers of experts (config.json, "
     "`per_layer_config`).",

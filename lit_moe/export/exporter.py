@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,14 @@ from transformers.utils import CONFIG_NAME
 
 from lit_moe.adapters import find_sites
 from lit_moe.errors import ExportError
+from lit_moe.export.compressed import (
+    Names,
+    check_compressible,
+    check_layers_alike,
+    config_entry,
+    packed,
+)
+from lit_moe.export.compressed_reading import verify_compressed
 from lit_moe.export.documents import write_documents
 from lit_moe.export.padding import padded
 from lit_moe.export.remote_code import (
@@ -35,7 +44,8 @@ from lit_moe.mixed_routing import CONFIG_KEY
 from lit_moe.plans import Plan
 from lit_moe.progress import late_progress_bars
 
-Layout = Literal["plain", "per_layer_config", "padded", "mixed_routers"]
+Layout = Literal["plain", "per_layer_config", "padded", "mixed_routers", "compressed_2_4"]
+Wanted = Literal["auto", "per_layer_config", "padded", "compressed_2_4"]
 _BY_REMOTE_CODE = ("per_layer_config", "mixed_routers")
 
 _LOG = logging.getLogger(__name__)
@@ -53,7 +63,8 @@ class ExportResult:
         layout: ``plain`` (all layers alike), ``per_layer_config`` (counts per layer; needs
             lit-moe's loader or the remote code in the folder), ``padded`` (loads as plain) or
             ``mixed_routers`` (all layers alike, but routers mix; plain transformers loads a
-            likeness, lit-moe's loader and the remote code the model).
+            likeness, lit-moe's loader and the remote code the model) or ``compressed_2_4``
+            (packed zeros; :func:`lit_moe.export.load_compressed` loads it, transformers does not).
     """
 
     path: Path
@@ -68,7 +79,7 @@ def export(  # noqa: PLR0913 - all but the first two are options with defaults
     tokenizer: Any = None,
     plan: Plan | None = None,
     report: Mapping[str, Any] | None = None,
-    layout: Literal["auto", "per_layer_config", "padded"] = "auto",
+    layout: Wanted = "auto",
     overwrite: bool = False,
     verify: bool = True,
 ) -> ExportResult:
@@ -86,7 +97,8 @@ def export(  # noqa: PLR0913 - all but the first two are options with defaults
             used in the model card.
         layout: for layers that keep different numbers of experts. ``auto`` is
             ``per_layer_config``; ``padded`` fills up with experts that are never chosen, which
-            plain transformers loads, where the router has a bias to say so.
+            plain transformers loads, where the router has a bias to say so. For 2:4 zeros:
+            ``compressed_2_4`` stores what stays and where, see :mod:`lit_moe.export.compressed`.
         overwrite: replace an older model folder at ``path``.
         verify: reload the folder and compare weights and logits, see
             :func:`lit_moe.export.verification.max_logit_difference`.
@@ -97,24 +109,33 @@ def export(  # noqa: PLR0913 - all but the first two are options with defaults
     """
     target = check_target(path, overwrite=overwrite)
     weights, config, chosen = _prepared(model, layout)
+    names = check_compressible(model, weights) if chosen == "compressed_2_4" else None
     needed = weights.num_bytes() + _ROOM_FOR_SMALL_FILES
     check_space(target, needed)
     with staged(target, needed, overwrite=overwrite) as folder:
         # transformers reads every key of the config while it saves
         with global_values_readable(), late_progress_bars():
             model.save_pretrained(folder, state_dict={})
-        write_weights(model, weights, folder)
+        write_weights(model, weights, folder, pack=partial(packed, names=names) if names else None)
         _write_config(model, config, chosen, folder)
+        if names:
+            _add_to_config(folder, quantization_config=config_entry(model, weights, names))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        own_loader = chosen in _BY_REMOTE_CODE
-        difference = (
-            max_logit_difference(model, folder, weights, own_loader=own_loader) if verify else None
-        )
+        difference = _verified(model, folder, weights, chosen, names) if verify else None
         result = ExportResult(target, difference, chosen)
         write_documents(folder, model, result=_as_dict(result), plan=plan, report=report)
     _LOG.info("exported to %s (largest logit difference after reload: %s)", target, difference)
     return result
+
+
+def _verified(
+    model: PreTrainedModel, folder: Path, weights: Weights, layout: Layout, names: Names | None
+) -> float | None:
+    if names:
+        return verify_compressed(model, folder, weights, names)
+    own_loader = layout in _BY_REMOTE_CODE
+    return max_logit_difference(model, folder, weights, own_loader=own_loader)
 
 
 def _prepared(model: PreTrainedModel, layout: str) -> tuple[Weights, PreTrainedConfig, Layout]:
@@ -130,6 +151,9 @@ def _prepared(model: PreTrainedModel, layout: str) -> tuple[Weights, PreTrainedC
         )
     if heterogeneous_configs(config) and not getattr(type(model), "builds_per_layer", False):
         chosen = "padded" if layout == "padded" else "per_layer_config"
+    if layout == "compressed_2_4":
+        check_layers_alike(model, chosen)
+        chosen = "compressed_2_4"
     if chosen == "padded":
         changed, config = padded(model, sites, held)
     if chosen in _BY_REMOTE_CODE:
@@ -162,6 +186,11 @@ def _write_config(
             if "per_layer_config" in part:
                 part[GLOBAL_VALUES_READABLE] = True
         _write_json(content, file)
+
+
+def _add_to_config(folder: Path, **entries: Any) -> None:
+    file = folder / CONFIG_NAME
+    _write_json({**json.loads(file.read_text(encoding="utf-8")), **entries}, file)
 
 
 def _parts(content: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -57,7 +57,7 @@ def max_logit_difference(
         ExportError: if the folder does not load, misses or adds weights, holds other weights, or
             its logits differ by more than rounding in the model's dtype.
     """
-    _check_files(folder, stored_layout(model, weights))
+    check_files(folder, stored_layout(model, weights))
     if in_pieces is None:
         in_pieces = _world_size() > 1 or count_bytes(model) > RELOADED_WHOLE
     with torch.random.fork_rng(devices=_cuda_devices()), evaluating(model):
@@ -91,7 +91,7 @@ def compare_logits(model: PreTrainedModel, other: PreTrainedModel) -> float:
     return difference
 
 
-def _check_files(folder: Path, layout: dict[str, Tensor]) -> None:
+def check_files(folder: Path, layout: dict[str, Tensor]) -> None:
     """Compare what the headers of the weight files say with what was to be written.
 
     A loader casts what it reads, so that only the header shows in which dtype a bias is stored.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 _SHARD_SIZE = "5GB"
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 _ALIGNMENT = 8
+Pack = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 _CODES = {dtype: code for code, dtype in str_to_torch_dtype.items()}
 
 
@@ -69,7 +70,15 @@ def stored_layout(model: PreTrainedModel, weights: Weights) -> dict[str, Tensor]
     return layout
 
 
-def write_weights(model: PreTrainedModel, weights: Weights, folder: Path) -> None:
+def layer_by_layer(model: PreTrainedModel, weights: Weights) -> Iterator[dict[str, Tensor]]:
+    """Yield tensors by the names under which a model folder stores them, one layer at a time."""
+    for group in _groups(model, weights):
+        yield _reverted(model, {name: weights[name] for name in group})
+
+
+def write_weights(
+    model: PreTrainedModel, weights: Weights, folder: Path, *, pack: Pack | None = None
+) -> None:
     """Write safetensors files, several with an index if they are large, with the family's keys.
 
     Holds one decoder layer beside the weights themselves.
@@ -78,8 +87,10 @@ def write_weights(model: PreTrainedModel, weights: Weights, folder: Path) -> Non
         model: the weights are of.
         weights: to be written.
         folder: without any weights yet.
+        pack: turns tensors of a layer into what is stored for them; knows tensors without memory.
     """
-    layout = stored_layout(model, weights)
+    pack = pack or _as_they_are
+    layout = pack(stored_layout(model, weights))
     split = split_torch_state_dict_into_shards(
         layout, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD_SIZE
     )
@@ -89,8 +100,8 @@ def write_weights(model: PreTrainedModel, weights: Weights, folder: Path) -> Non
             stream: BinaryIO = stack.enter_context((folder / file).open("wb"))
             offsets = _write_header(stream, {name: layout[name] for name in names})
             places |= {name: (stream, offset) for name, offset in offsets.items()}
-        for group in _groups(model, weights):
-            for name, tensor in _reverted(model, {n: weights[n] for n in group}).items():
+        for tensors in layer_by_layer(model, weights):
+            for name, tensor in pack(tensors).items():
                 place, offset = places[name]
                 place.seek(offset)
                 place.write(_bytes_of(tensor))
@@ -99,6 +110,10 @@ def write_weights(model: PreTrainedModel, weights: Weights, folder: Path) -> Non
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def _as_they_are(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors
 
 
 def _groups(model: PreTrainedModel, weights: Weights) -> list[list[str]]:

@@ -1,36 +1,26 @@
-"""Many forwards of one model, run in turns: no batch enters a layer before all have left the last.
-
-Each batch's forward has a thread of its own, of which exactly one runs at a time. At a meeting
-point a runner hands over to the next one; the last to arrive does the work that all were waiting
-for, and the round begins again with the first.
-"""
+"""Many forwards of one model in turns: no batch enters a layer before all have left the last."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lit_moe.errors import CalibrationError
+from lit_moe.held_forward import HeldForward
 
 _END = "the end"
-
-
-class _Stopped(BaseException):
-    """Ends a forward whose fellows have failed."""
 
 
 class Relay:
     """The forwards of all batches.
 
     Args:
-        runs: one forward each; called in a thread of its own.
+        runs: one forward each; called in a thread of its own, without gradients.
     """
 
     def __init__(self, runs: Sequence[Callable[[], object]]) -> None:
         self._runs = runs
-        self._turns = [threading.Semaphore(0) for _ in runs]
-        self._points = [""] * len(runs)
-        self._error: BaseException | None = None
+        self._forwards: list[HeldForward] = []
         self.index = 0
         """Which batch is running now; for hooks."""
 
@@ -40,55 +30,29 @@ class Relay:
         Raises:
             CalibrationError: if the batches meet different layers at the same time.
         """
-        threads = [
-            threading.Thread(target=self._work, args=(index,), daemon=True)
-            for index in range(len(self._runs))
-        ]
-        for thread in threads:
-            thread.start()
-        self._turns[0].release()
+        self._forwards = [HeldForward(run) for run in self._runs]
         try:
-            for thread in threads:
-                thread.join()
-        except BaseException as error:  # an interrupt from the keyboard reaches only this thread
-            self._stop(error)
-            raise
-        if self._error is not None:
-            raise self._error
+            while (work := self._next_meeting()) is not None:
+                work()
+        finally:
+            for forward in self._forwards:
+                forward.abandon()
 
     def meet(self, point: str, work: Callable[[], None]) -> None:
-        """Wait until all forwards are here; the last one calls ``work``. Called from a hook."""
-        mine = self.index
-        self._arrive(mine, point, work)
-        self._turns[mine].acquire()
-        if self._error is not None:
-            raise _Stopped
-        self.index = mine
+        """Wait until all forwards are here and ``work`` was called once. Called from a hook."""
+        self._forwards[self.index].hold(point, work)
 
-    def _arrive(self, mine: int, point: str, work: Callable[[], None]) -> None:
-        self._points[mine] = point
-        if mine == len(self._runs) - 1:
-            if set(self._points) != {point}:
-                raise CalibrationError(
-                    "calibration batches meet different layers at the same time: "
-                    f"{sorted(set(self._points))}; give batches of one kind of input"
-                )
-            work()
-        self._turns[(mine + 1) % len(self._turns)].release()
-
-    def _work(self, index: int) -> None:
-        self._turns[index].acquire()
-        self.index = index
-        try:
-            if self._error is None:
-                self._runs[index]()
-                self._arrive(index, _END, lambda: None)
-        except _Stopped:
-            return
-        except BaseException as error:  # noqa: BLE001 - raised again by run()
-            self._stop(error)
-
-    def _stop(self, error: BaseException) -> None:
-        self._error = error
-        for turn in self._turns:
-            turn.release()
+    def _next_meeting(self) -> Callable[[], None] | None:
+        """Let each forward run to its next point, and return what is to be done there."""
+        events: list[tuple[str, Any] | None] = []
+        for index, forward in enumerate(self._forwards):
+            self.index = index
+            events.append(forward.advance())
+        points = {_END if event is None else event[0] for event in events}
+        if len(points) > 1:
+            raise CalibrationError(
+                "calibration batches meet different layers at the same time: "
+                f"{sorted(points)}; give batches of one kind of input"
+            )
+        last = events[-1]
+        return None if last is None else last[1]

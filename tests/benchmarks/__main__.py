@@ -12,6 +12,7 @@ BENCHMARKS = (
     "scale",
     "mc_suite",
     "sparsity",
+    "distillation",
     "refit",
     "search",
 )

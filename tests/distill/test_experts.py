@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from lit_moe.adapters import adapter_for, find_sites
+from lit_moe.distill.comparison import mean_square
 from lit_moe.distill.experts import ExpertDistillation
+from lit_moe.distill.pairing import Pairing, PairingMemory
 from lit_moe.distill.recovery import RecoveryLoss
 from lit_moe.distill.step import Step
 from lit_moe.distill.weights import LossWeights
@@ -269,3 +271,38 @@ def test_a_term_of_weight_zero_is_left_out():
     assert names == ["next_token"]
     assert not RecoveryLoss(LossWeights(load_balance=1.0)).needs_teacher
     assert ExpertDistillation(1.0).needs_teacher
+
+
+def test_the_pairing_is_found_anew_when_experts_are_cut_or_the_plan_changes():
+    teacher = frozen_copy(tiny_moe("mixtral"))
+    student, plan = copy.deepcopy(teacher), random_plan(teacher)
+    memory = PairingMemory()
+    whole = memory.of(student, teacher, None)
+    assert memory.of(student, teacher, None) is whole
+    hidden = memory.of(student, teacher, plan)
+    assert hidden == Pairing.of(student, teacher, plan) != whole
+    shrink(student, plan)
+    cut = memory.of(student, teacher, plan)
+    assert cut == Pairing.of(student, teacher, plan) != hidden
+    assert memory.of(student, teacher, plan) is cut
+
+
+def test_rows_differences_have_the_gradient_of_autograd():
+    torch.manual_seed(0)
+    outputs = torch.randn(5, 7, requires_grad=True)
+    targets, weights = torch.randn(5, 7), torch.randn(5)
+    (mine,) = torch.autograd.grad((mean_square(outputs, targets) * weights).sum(), outputs)
+    plain = ((outputs - targets).square().mean(dim=-1) * weights).sum()
+    (expected,) = torch.autograd.grad(plain, outputs)
+    torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_logits_of_fused_experts_keep_their_bits(alignment):
+    teacher = frozen_copy(tiny_moe("mixtral"))
+    student, batch = changed(teacher), padded(teacher)
+    plain = student(**batch).logits
+    _, step = distil(student, teacher, batch, alignment=alignment)
+    assert step.logits is not None
+    assert torch.equal(step.logits, plain)
+    assert torch.equal(student(**batch).logits, plain)
