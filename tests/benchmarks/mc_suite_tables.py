@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,21 @@ def wins(reports: Sequence[Report]) -> str:
     return markdown(header, rows)
 
 
-def procedures(reports: Sequence[Report], scope: str) -> str:
+def procedures(
+    reports: Sequence[Report],
+    scope: str,
+    *,
+    only: Collection[str] | None = None,
+    ratios: Sequence[str] = tuple(RATIOS),
+) -> str:
     """Return criterion x procedure of each model at each ratio, in one scope."""
     header = ["", "kept", "criterion", *PROCEDURES.values()]
     rows = []
     for report in reports:
         names = dict.fromkeys(row["criterion"] for row in report["rows"])
-        for ratio, label in RATIOS.items():
-            for name in names:
+        for ratio in ratios:
+            label = RATIOS[ratio]
+            for name in (name for name in names if only is None or name in only):
                 cells = [_cell(report, name, procedure, scope, ratio) for procedure in PROCEDURES]
                 if any(cells):
                     rows.append([_named(report), label, name, *cells])
@@ -89,7 +96,8 @@ def _text(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     star = " *" if found["beats_random"] else ""
-    return f"{found['mean']:.3g} ({found['deviation']:.2g}){star}"
+    digits = 0 if found["mean"] >= 100 else 1
+    return f"{found['mean']:.{digits}f} ({found['deviation']:.{digits}f}){star}"
 
 
 def _named(report: Report) -> str:
@@ -108,6 +116,8 @@ def main(words: Sequence[str]) -> None:
         (RESULTS / "mc_suite_wins.md").write_text(wins(first) + "\n")
     if second:
         (RESULTS / "mc_suite_procedures.md").write_text(procedures(second, "layer") + "\n")
+        short = procedures(second, "layer", only=("random", "ean", "ege"), ratios=("0.5", "0.25"))
+        (RESULTS / "mc_suite_short.md").write_text(short + "\n")
         (RESULTS / "mc_suite_global.md").write_text(procedures(second, "global") + "\n")
 
 
