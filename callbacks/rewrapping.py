@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from lightning import Trainer
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_moe.callbacks.rounds import FineTuning
 from lit_moe.callbacks.weight_sparsity import WeightPruning
@@ -35,13 +35,15 @@ def check_can_rewrap(trainer: Trainer) -> None:
     """Refuse strategies whose wrapping cannot be made twice, and masks that fit one shape only.
 
     Raises:
-        LitMoEError: for lightning's own DeepSpeedStrategy, and beside WeightPruning.
+        LitMoEError: for strategies other than one device, DDP and ours, and beside WeightPruning.
     """
     strategy: Any = trainer.strategy
-    if isinstance(strategy, DeepSpeedStrategy) and not hasattr(strategy, "wrap_again"):
+    plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    if not plain and not hasattr(strategy, "wrap_again"):
+        name = type(strategy).__name__
         raise LitMoEError(
-            "compact: each_round makes the DeepSpeed engine anew, which lightning's own strategy "
-            "cannot; take strategy: zero2 (or lit_moe.sharding.MoEDeepSpeed), or compact: end"
+            f"compact: each_round wraps the model anew in each round, which {name} cannot; take "
+            "one device, ddp, or zero1 to zero3 (lit_moe.sharding.MoEDeepSpeed), or compact: end"
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, WeightPruning) for callback in callbacks):

@@ -5,6 +5,7 @@ import re
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
 
 from lit_moe.adapters import find_sites
 from lit_moe.callbacks import (
@@ -14,6 +15,7 @@ from lit_moe.callbacks import (
     ReportWriter,
     WeightPruning,
 )
+from lit_moe.callbacks.rewrapping import check_can_rewrap
 from lit_moe.errors import LitMoEError
 from tests.callbacks.lotteries import LAYERS, Watch, assert_same_weights, rounds_of, steps
 
@@ -92,6 +94,13 @@ def test_the_export_is_the_small_model(run, first):
     report = writer.report.to_dict()
     assert report["export"]["max_abs_logit_difference"] == 0.0
     assert list(report["quality"]) == ["before", "pruned", "recovered"]
+
+
+def test_a_strategy_that_wraps_only_once_is_refused():
+    trainer = L.Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.__class__ = type("FSDPStrategy", (Strategy,), {})
+    with pytest.raises(LitMoEError, match="which FSDPStrategy cannot; take one device, ddp"):
+        check_can_rewrap(trainer)
 
 
 def test_what_cannot_be_is_refused(run):
