@@ -234,7 +234,10 @@ class ExpertPruning(Callback):
             seen = observe_gradients(
                 module.built_model, loader, progress=self.shows_bars and trainer.is_global_zero
             )
-        if not writer.report.calibration.tokens:
+        calibration = writer.report.calibration
+        if calibration.predicted is None:
+            calibration.predicted = seen.predicted
+        if not calibration.tokens:
             self._note_unrouted(writer, seen)
         return seen
 

@@ -7,11 +7,20 @@ from typing import Literal
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from lit_moe.callbacks.report import report_writer
 from lit_moe.errors import ExportError
-from lit_moe.export import ExportResult, Wanted, check_target, export, whole_on_first_rank
+from lit_moe.export import (
+    ExportResult,
+    Wanted,
+    check_layout,
+    check_packable,
+    check_target,
+    export,
+    whole_on_first_rank,
+)
 from lit_moe.module import MoEModule
 from lit_moe.report.schema import Export
 
@@ -45,7 +54,7 @@ class ExportModel(Callback):
         self.verify = verify
 
     def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
-        """Before the model is built. Refuses a taken path while nothing is computed yet."""
+        """Before the model is built. Refuses a taken path, or a layout that cannot be written."""
         if stage != "fit":
             return
         report_writer(trainer)
@@ -53,12 +62,22 @@ class ExportModel(Callback):
         refused = None
         if trainer.is_global_zero:
             try:
+                check_layout(self.layout)
                 check_target(folder, overwrite=self.overwrite)
             except ExportError as error:
                 refused = str(error)
         refused = trainer.strategy.broadcast(refused)  # so that all ranks stop, not only the first
         if refused is not None:
             raise ExportError(refused)
+
+    def check_model(self, trainer: Trainer, module: MoEModule) -> None:
+        """When the model is built, before any callback acts on it. Refuses what cannot be packed.
+
+        Raises:
+            ExportError: if ``layout: compressed_2_4`` is not for this family or its widths.
+        """
+        if trainer.state.fn == TrainerFn.FITTING and self.layout == "compressed_2_4":
+            check_packable(module.built_model)
 
     def on_fit_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """After training. Measures what is left to measure and writes the folder on rank 0."""

@@ -42,6 +42,23 @@ def check_versions_agree() -> None:
             )
 
 
+def set_up_of(trainer: Any) -> str:
+    """Return in words what all ranks of a run must have been told alike.
+
+    Strategy, ZeRO stage, precision, length, and what callbacks are there and how much they keep.
+    """
+    strategy = trainer.strategy
+    callbacks = [
+        f"{type(callback).__name__}({getattr(callback, 'budget', None) or ''})"
+        for callback in trainer.callbacks
+    ]
+    return (
+        f"{type(strategy).__name__} (stage {getattr(strategy, 'stage', None)}), precision "
+        f"{trainer.precision}, max_steps {trainer.max_steps}, max_epochs {trainer.max_epochs}, "
+        f"accumulate_grad_batches {trainer.accumulate_grad_batches} and {', '.join(callbacks)}"
+    )
+
+
 def check_equal_everywhere(what: str, value: object, hint: str) -> None:
     """Refuse a run whose ranks would do different things. Collective; no-op on one process.
 

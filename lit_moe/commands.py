@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -28,7 +29,12 @@ from lit_moe.contact import reasons_shared
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
 from lit_moe.resuming import newest_checkpoint
-from lit_moe.sharding import DeepSpeedLauncherEnvironment, add_requeue, register_short_names
+from lit_moe.sharding import (
+    DeepSpeedLauncherEnvironment,
+    MoEDeepSpeed,
+    add_requeue,
+    register_short_names,
+)
 from lit_moe.sharding.rendezvous import meeting_explained
 
 _IN_CLASS = re.compile(
@@ -68,6 +74,7 @@ class _CLI(LightningCLI):
         config = self.config[self.subcommand]
         for name, field, text in self.overrides:
             _override(config.trainer.callbacks or [], name, field, yaml.safe_load(text))
+        _try_strategy(config.trainer.strategy)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer, with our progress bar where lightning would add its own."""
@@ -157,6 +164,18 @@ def _check_world(trainer: L.Trainer) -> None:
         environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
     except ValueError as error:
         raise LitMoEError(" ".join(str(error).split())) from error
+
+
+def _try_strategy(asked: Any) -> None:
+    """Let our strategy refuse its fields itself; the parser buries that among types that it tried.
+
+    Raises:
+        LitMoEError: what the strategy says.
+    """
+    if getattr(asked, "class_path", "").startswith("lit_moe.sharding."):
+        fields = {k: v for k, v in vars(asked.init_args).items() if not isinstance(v, Namespace)}
+        with contextlib.suppress(TypeError):  # a field that is none: the parser knows its name
+            MoEDeepSpeed(**fields, **getattr(asked, "dict_kwargs", {}))
 
 
 def _check_strategy(trainer: L.Trainer, module: MoEModule) -> None:

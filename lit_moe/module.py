@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from lit_moe.agreement import check_equal_everywhere, check_versions_agree
+from lit_moe.agreement import check_equal_everywhere, check_versions_agree, set_up_of
 from lit_moe.assets import EMBEDDED
 from lit_moe.checkpoint_io import keep_whole
 from lit_moe.distill.images import accuracy, check_image_weights, image_recovery, takes_images
@@ -127,7 +127,9 @@ class MoEModule(TaughtModule):
     def _check_strategy(self) -> None:
         """Refuse a strategy that would let random weights become NaN and plans see nothing."""
         strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy) and not hasattr(strategy, "loading_config"):
+        # The class is asked: the strategy itself would settle its configuration before its time.
+        is_ours = hasattr(type(strategy), "loading_config")
+        if isinstance(strategy, DeepSpeedStrategy) and not is_ours:
             raise LitMoEError(
                 f"strategy {type(strategy).__name__} builds models inside deepspeed.zero.Init, "
                 "where experts cannot be pruned and random weights become NaN; take strategy: "
@@ -145,6 +147,11 @@ class MoEModule(TaughtModule):
         if self._trainer is None:
             return
         keep_whole(self.trainer.strategy)
+        check_equal_everywhere(
+            "was set up with",
+            set_up_of(self.trainer),
+            "start all ranks with the same configuration",
+        )
         header = None if self.resume_from is None else read_header(self.resume_from)
         check_equal_everywhere(
             "resumes",

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class CheckpointHeader:
         stage: ZeRO stage of the run that wrote it; None for a file.
         world_size: ranks of that run; None for a file.
         step: optimizer steps that had been taken.
+        precision: of a sharded run: ``bf16``, ``fp16`` or ``fp32``; None for a file.
     """
 
     path: Path
@@ -46,11 +47,18 @@ class CheckpointHeader:
     stage: int | None = None
     world_size: int | None = None
     step: int | None = None
+    precision: str | None = None
 
     @property
     def is_sharded(self) -> bool:
         """Whether it is a folder with a share of each rank."""
         return self.world_size is not None
+
+
+def precision_in(config: Mapping[str, Any]) -> str:
+    """Return ``bf16``, ``fp16`` or ``fp32``, whichever a DeepSpeed configuration trains in."""
+    lower = (kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled") is True)
+    return next(lower, "fp32")
 
 
 def read_header(path: str | Path) -> CheckpointHeader:
@@ -68,7 +76,8 @@ def read_header(path: str | Path) -> CheckpointHeader:
     stored = read_stored(path)
     stage = stored.get("ds_config", {}).get("zero_optimization", {}).get("stage", 0)
     world_size, step = int(stored["dp_world_size"]), stored.get("global_step")
-    header = CheckpointHeader(path, _plan(stored), int(stage), world_size, step)
+    precision = precision_in(stored.get("ds_config", {}))
+    header = CheckpointHeader(path, _plan(stored), int(stage), world_size, step, precision)
     _check_complete(header)
     return header
 

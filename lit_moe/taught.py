@@ -9,9 +9,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_moe.distill.fingerprints import (
+    fingerprint,
+    folder_fingerprint,
+    vocabulary_fingerprint,
+)
 from lit_moe.distill.logits_cache import CacheKey
 from lit_moe.distill.recovery import RecoveryLoss
 from lit_moe.distill.weights import LossWeights
+from lit_moe.errors import LitMoEError
 from lit_moe.models import frozen_copy
 from lit_moe.plans import Plan
 from lit_moe.resumable import ResumableModule
@@ -23,12 +29,9 @@ from lit_moe.teachers import (
     check_pairs,
     check_teacher,
     complete_cache,
-    fingerprint,
-    folder_fingerprint,
     opened_cache,
     origin_of,
     training_batches,
-    vocabulary_fingerprint,
 )
 
 
@@ -85,23 +88,37 @@ class TaughtModule(ResumableModule):
         if weights.cache is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         assert weights.top_k is not None
-        external = self.teacher_config
         key = CacheKey(
-            fingerprint(model) if external is None else folder_fingerprint(external),
+            self._fingerprint(model),
             vocabulary_fingerprint(self.data_tokenizer),
             model.config.get_text_config().vocab_size,
             weights.top_k,
         )
         cache = opened_cache(self.trainer, weights.cache, key)
-        if not self.is_resumed:
-            complete_cache(
-                cache,
-                lambda: training_batches(self.trainer),
-                lambda: self._temporary_teacher(model),
-                total=self.sum_over_ranks,
-                progress=self.trainer.is_global_zero,
-            )
+        complete_cache(
+            cache,
+            lambda: training_batches(self.trainer),
+            lambda: self._temporary_teacher(model),
+            total=self.sum_over_ranks,
+            progress=self.trainer.is_global_zero,
+        )
         self.recovery.read_logits_from(cache)
+
+    def _fingerprint(self, model: PreTrainedModel) -> str:
+        """Return what tells the teacher from others; one rank alone reads its files. Collective."""
+        config = self.teacher_config
+        if config is None:
+            return fingerprint(model)
+        found, refused = "", None
+        if self.trainer.is_global_zero:
+            try:
+                found = folder_fingerprint(config.path, config.dtype)
+            except (OSError, LitMoEError) as error:
+                refused = str(error)
+        found, refused = self.trainer.strategy.broadcast((found, refused))
+        if refused is not None:
+            raise LitMoEError(f"the files of the teacher {config.path} cannot be read: {refused}")
+        return found
 
     def _temporary_teacher(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return who is asked for logits before training, where it can run."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from lightning import Trainer
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from lit_moe.assets import resolve_model
@@ -26,16 +27,14 @@ from lit_moe.export.documents import PLAN_FILE
 from lit_moe.inference import evaluating
 from lit_moe.models import DType, build_model
 from lit_moe.plans import Plan, load_plan
-from lit_moe.sharding.partitions import is_partitioned, stream_whole
+from lit_moe.sharding.partitions import is_partitioned
 
 Batch = Mapping[str, Tensor]
-_SAMPLED = 16
 _NEEDS = {
     True: "give a teacher with the same outputs",
     False: "loss.experts and loss.router compare layers of one architecture, loss.distillation "
     "needs only the same vocabulary",
 }
-_CHUNKS, _CHUNK_BYTES = 64, 4096
 
 
 @dataclass
@@ -80,6 +79,8 @@ def check_teacher(
     config = read_config(resolve_model(teacher.path))
     ours, theirs = student.get_text_config(), config.get_text_config()
     outputs = "vocab_size" if hasattr(ours, "vocab_size") else "num_labels"
+    if outputs == "num_labels":
+        _check_pixels(teacher.path, config, student)
     for name in (outputs, *(("model_type", "hidden_size") if layers else ())):
         mine, found = getattr(ours, name, None), getattr(theirs, name, None)
         if mine != found:
@@ -131,22 +132,24 @@ def origin_of(name_or_path: str) -> Plan | None:
 
 
 def training_batches(trainer: Trainer) -> Iterator[Batch]:
-    """Yield the batches that this rank will train on, those of data in another order all once."""
-    loader: Any = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-    per_epoch = _limited(trainer.limit_train_batches, len(loader))
-    is_known = hasattr(loader.sampler, "set_epoch")
-    steps = trainer.max_steps * trainer.accumulate_grad_batches
-    left = steps if steps > 0 else per_epoch * max(trainer.max_epochs or 1, 1)
-    if not is_known:
-        per_epoch, left = len(loader), len(loader)
-    epoch = 0
+    """Yield batches with every block that this and other ranks may train on, shared out among them.
+
+    Those of the coming steps in their order, where their number is known and no greater than that
+    of the text; else all of the text once, also what an epoch leaves out: rounds of pruning may set
+    ``trainer.max_steps`` later, and never above what it was. Each rank yields equally many.
+    """
+    data: Any = copy.copy(trainer.datamodule)  # type: ignore[attr-defined]
+    loader: Any = data.train_dataloader()  # of a copy: the run's own has a position to resume at
     with torch.random.fork_rng(devices=[]):
-        while left > 0:
-            if is_known:
-                loader.sampler.set_epoch(epoch)
-            for batch, _ in zip(loader, range(min(per_epoch, left)), strict=False):
-                yield batch
-            left, epoch = left - per_epoch, epoch + 1
+        if not hasattr(loader.dataset, "__getitem__"):
+            yield from loader
+            return
+        everything = _all_blocks(loader, trainer)
+        steps = _batches_to_come(trainer, len(loader))
+        if not hasattr(loader.sampler, "set_epoch") or not 0 <= steps <= len(everything):
+            yield from everything
+            return
+        yield from _in_order_of_training(loader, trainer, steps)
 
 
 def opened_cache(trainer: Trainer, folder: str, key: CacheKey) -> LogitsCache:
@@ -202,42 +205,6 @@ def complete_cache(
     return added
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Return a text that tells models with other weights apart: some values of each. Collective."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, tensor in stream_whole(model):
-        flat = tensor.reshape(-1)
-        some = flat[:: max(1, flat.numel() // _SAMPLED)][: 2 * _SAMPLED]
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def folder_fingerprint(teacher: TeacherConfig) -> str:
-    """Return a text that tells checkpoints apart, from parts of their files."""
-    found = hashlib.blake2b(teacher.dtype.encode(), digest_size=16)
-    folder = Path(resolve_model(teacher.path)).expanduser()
-    if not folder.is_dir():
-        found.update(f"{teacher.path} {read_config(teacher.path)._commit_hash}".encode())
-        return found.hexdigest()
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-        size = file.stat().st_size
-        found.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            for start in range(0, size, max(_CHUNK_BYTES, size // _CHUNKS)):
-                stream.seek(start)
-                found.update(stream.read(_CHUNK_BYTES))
-    return found.hexdigest()
-
-
-def vocabulary_fingerprint(tokenizer: Any) -> str:
-    """Return a text that tells vocabularies apart; '' for no tokenizer."""
-    if tokenizer is None:
-        return ""
-    words = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda word: word[1]))
-    return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
-
-
 def _check_device(teacher: TeacherConfig) -> None:
     if teacher.device is None:
         return
@@ -249,6 +216,23 @@ def _check_device(teacher: TeacherConfig) -> None:
             f"teacher.device is {teacher.device!r}, which is not here ({said}); give cpu, or null "
             "for where the model is"
         ) from error
+
+
+def _check_pixels(path: str, theirs: PreTrainedConfig, ours: PreTrainedConfig) -> None:
+    for name in ("image_size", "num_channels"):
+        mine, found = (_sides(getattr(config, name, None)) for config in (ours, theirs))
+        if mine != found:
+            raise LitMoEError(
+                f"the teacher {path} cannot teach this model: {name} is {found} in the teacher and "
+                f"{mine} in the model, but both are shown the same images; give a teacher of "
+                "images of that size"
+            )
+
+
+def _sides(size: Any) -> Any:
+    """Return one number for a square, whether it was given as one or as two."""
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    return sides.pop() if len(sides) == 1 else tuple(size)
 
 
 def _vocabulary_of(name_or_path: str) -> dict[str, int] | None:
@@ -268,6 +252,37 @@ def _check_vocabulary(path: str, theirs: dict[str, int], ours: dict[str, int]) -
         f"differ, for instance {odd[0]!r} is {theirs.get(odd[0])} and {ours.get(odd[0])}; its "
         "logits would mean other words"
     )
+
+
+def _all_blocks(loader: Any, trainer: Trainer) -> DataLoader[Any]:
+    """Return a loader of this rank's share of the text, filled up so that shares are equal."""
+    share: DistributedSampler[Any] = DistributedSampler(
+        loader.dataset, trainer.world_size, trainer.global_rank, shuffle=False
+    )
+    return DataLoader(
+        loader.dataset, loader.batch_size or 1, sampler=share, collate_fn=loader.collate_fn
+    )
+
+
+def _batches_to_come(trainer: Trainer, num_batches: int) -> int:
+    """Return the most batches that this rank trains on; -1 for any number."""
+    bounds = []
+    if trainer.max_steps >= 0:
+        bounds.append(trainer.max_steps * trainer.accumulate_grad_batches)
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        per_epoch = _limited(trainer.limit_train_batches, num_batches)
+        bounds.append(trainer.max_epochs * per_epoch)
+    return min(bounds, default=-1)
+
+
+def _in_order_of_training(loader: Any, trainer: Trainer, left: int) -> Iterator[Batch]:
+    per_epoch = _limited(trainer.limit_train_batches, len(loader))
+    for epoch in itertools.count():
+        if min(left, per_epoch) <= 0:
+            return
+        loader.sampler.set_epoch(epoch)
+        yield from itertools.islice(loader, min(per_epoch, left))
+        left -= per_epoch
 
 
 def _limited(limit: float | None, num_batches: int) -> int:

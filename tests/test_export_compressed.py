@@ -2,12 +2,15 @@
 
 import json
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lit_moe import MoEModule
 from lit_moe.adapters import find_sites
+from lit_moe.callbacks import ExportModel
 from lit_moe.checkpoints import load
 from lit_moe.errors import ExportError, LitMoEError
 from lit_moe.export import compressed, compressed_reading, export, load_compressed
@@ -147,3 +150,61 @@ def test_unequal_layers_are_refused(tmp_path):
     sparsify(model, method="magnitude", pattern="2:4")
     with pytest.raises(ExportError, match=r"alike.*needs layout 'per_layer_config'"):
         export(model, tmp_path / "packed", layout="compressed_2_4")
+
+
+def test_an_unknown_layout_is_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"layout='compressed' is unknown; .*'compressed_2_4'"):
+        export(thinned("mixtral"), tmp_path / "packed", layout="compressed")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_width_that_four_does_not_divide_is_named(tmp_path):
+    model = tiny_moe("mixtral", intermediate_size=30)
+    with pytest.raises(
+        ExportError, match=r"experts\.0\.w2\.weight has 30 inputs, which 4 does not"
+    ):
+        export(model, tmp_path / "packed", layout="compressed_2_4")
+
+
+def test_a_model_that_was_cast_as_a_whole_has_equal_logits(tmp_path):
+    model = thinned("mixtral", torch.bfloat16)
+    with torch.no_grad():  # so that positions matter to the logits
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(30)
+            layer.self_attn.k_proj.weight.mul_(30)
+    assert export(model, tmp_path / "p", layout="compressed_2_4").max_abs_logit_difference == 0.0
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_run_that_could_not_pack_its_model_ends_before_anything_is_computed(
+    family, make_data, make_trainer, tmp_path
+):
+    tiny_moe(family, vocab_size=1024).save_pretrained(tmp_path / "model")
+    seen = Witness()
+    trainer = make_trainer(seen, ExportModel("out", layout="compressed_2_4"), max_steps=1)
+    with pytest.raises(ExportError, match="holds all experts"):
+        trainer.fit(MoEModule(str(tmp_path / "model")), datamodule=make_data(tokenizer="embedded"))
+    assert not seen.acted
+
+
+def test_a_run_without_the_library_ends_before_the_model_is_built(
+    checkpoint, make_data, make_trainer, monkeypatch
+):
+    module = "compressed_tensors.compressors.sparse_compressors"
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    model = MoEModule(str(checkpoint))
+    trainer = make_trainer(ExportModel("out", layout="compressed_2_4"))
+    with pytest.raises(ExportError, match=r"pip install 'lit-moe\[compressed\]'"):
+        trainer.fit(model, datamodule=make_data())
+    assert model.model is None
+    with pytest.raises(ExportError, match="layout='packed' is unknown"):
+        make_trainer(ExportModel("out", layout="packed")).fit(model, datamodule=make_data())  # type: ignore[arg-type]
+
+
+class Witness(L.Callback):
+    """Notes whether callbacks were let act on the model."""
+
+    acted = False
+
+    def on_model_built(self, *_):
+        self.acted = True

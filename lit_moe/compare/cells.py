@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import lit_moe
-from lit_moe.assets import resolve_model
+from lit_moe.assets import Split, resolve_model
 from lit_moe.checkpoints import read_config
 from lit_moe.compare.options import CompareOptions, TaskOptions
-from lit_moe.compare.store import CellStore
+from lit_moe.compare.store import CellStore, digest
 from lit_moe.compare.text import ComparedText
 from lit_moe.data import TaskDataModule
 from lit_moe.errors import LitMoEError
 from lit_moe.evaluate import evaluate_perplexity
+from lit_moe.evaluate.prompts import TaskItem
 from lit_moe.models import DType, build_model, check_vocabulary
 from lit_moe.plan import KeepPlan
 
@@ -85,16 +86,33 @@ def settings_of(options: CompareOptions, text: ComparedText) -> dict[str, Any]:
             "transformers": metadata.version("transformers"),
         },
         "text": {**amounts, **text.fingerprint(("calibration", "validation"))},
-        "tasks": None if options.tasks is None else _task_settings(options.tasks),
+        "tasks": None if options.tasks is None else _task_settings(options.tasks, text),
         "unrouted": options.unrouted,
         "dtype": options.dtype,
     }
 
 
-def _task_settings(options: TaskOptions) -> dict[str, Any]:
-    """Return the fields; running text is not named, so that results from before chats count."""
+def _task_settings(options: TaskOptions, text: ComparedText) -> dict[str, Any]:
+    """Return the fields, and digests of questions and chat template where they can change.
+
+    Running text and packaged questions are not named: they are what results without these mean.
+    """
     found = dataclasses.asdict(options)
-    return found if options.chat else {k: v for k, v in found.items() if k != "chat"}
+    if options.train_files or options.test_files:
+        found["questions"] = _questions_digest(task_data(options, text.tokenizer.name_or_path))
+    if not options.chat:
+        return {name: value for name, value in found.items() if name != "chat"}
+    return {**found, "chat_template": digest(text.tokenizer.chat_template)}
+
+
+def _questions_digest(data: TaskDataModule) -> str:
+    """Return what tells the questions that are asked or shown from others."""
+    splits: tuple[Split, ...] = ("train", "test")
+    return digest([[_wording(item) for item in data.items(split)] for split in splits])
+
+
+def _wording(item: TaskItem) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(item).items() if k != "place"}
 
 
 def load_model(name: str, dtype: DType, text: ComparedText) -> PreTrainedModel:

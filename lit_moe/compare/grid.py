@@ -13,9 +13,10 @@ from lit_moe.adapters.site import MoESite
 from lit_moe.assets import resolve_model
 from lit_moe.checkpoints import model_class, read_config
 from lit_moe.compare.ablation import check_ablation
-from lit_moe.compare.options import CompareOptions, Line, lines_of, seeds_of
+from lit_moe.compare.options import CompareOptions, Line, default_tokenizer, lines_of, seeds_of
 from lit_moe.compare.stations import Way, check_ratios, find_way
 from lit_moe.compare.store import digest
+from lit_moe.compare.text import ComparedText
 
 
 class Grid:
@@ -23,14 +24,15 @@ class Grid:
 
     Args:
         options: of the comparison.
+        text: of the comparison; None reads it where the keys depend on it.
 
     Raises:
         LitMoEError: if the model has no experts, its routers cannot meet the ratios, or the rounds
             miss one; no weights are loaded to find out.
     """
 
-    def __init__(self, options: CompareOptions) -> None:
-        self.options = options
+    def __init__(self, options: CompareOptions, text: ComparedText | None = None) -> None:
+        self.options, self._text = options, text
         check_ratios(self.sites, options.keep_ratios, options.scopes)
         in_rounds = set(options.procedures) - {"one_shot"}
         self.ways: dict[str, Way] = {
@@ -80,8 +82,16 @@ class Grid:
             key["per_round"] = self.ways[line.scope].per_round
         if line.procedure == "lottery":
             training = [dataclasses.asdict(o) for o in (options.fine_tuning, options.optimizer)]
-            key["training"] = digest([*training, options.text.train_files, options.text.batch_size])
+            key["training"] = digest([*training, self._training_text, options.text.batch_size])
         return key
+
+    @cached_property
+    def _training_text(self) -> list[str] | None:
+        """Digest of the training tokens; None for the embedded text, which comes with the code."""
+        if self.options.text.train_files is None:
+            return None
+        text = self._text or ComparedText(self.options.text, default_tokenizer(self.options))
+        return list(text.fingerprint(("train",)).values())
 
     def keys(self, model: str) -> Iterator[dict[str, Any]]:
         """Yield the keys of all cells of a model."""

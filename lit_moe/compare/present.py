@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lit_moe.compare.ablation import AblationMap
 from lit_moe.compare.agreement import Agreement
+from lit_moe.compare.answers import answer_tables, answers_markdown
 from lit_moe.compare.findings import (
+    COLLAPSE,
     agreements,
     collapsing,
     correlations,
@@ -44,6 +46,10 @@ if TYPE_CHECKING:
 JSON_NAME, MARKDOWN_NAME, EVENTS = "report.json", "report.md", "tensorboard"
 _DPI = 150
 _MOST_COSTLY = 5
+_SIGNS = {
+    "extreme_activations": "experts with extreme activations",
+    "single_drop": f"experts without which the perplexity is {COLLAPSE:g} times as large or more",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ def to_dict(found: Found) -> dict[str, Any]:
         "versions": installed_versions(),
         "whole": summary.whole.to_dict(),
         "rows": [_row(summary, row) for row in summary.rows],
+        "questions": [table.to_dict() for table in answer_tables(summary)],
         "paper_direction_wins": summary.paper_wins(),
         "failed": [
             {**vars(f.line), "cells": f.cells, "error": f.sentence} for f in summary.failures
@@ -105,6 +112,7 @@ def to_dict(found: Found) -> dict[str, Any]:
 def markdown(found: Found, figures: list[str]) -> str:
     """Return the report for people."""
     parts = [f"# {', '.join(found.grid.options.models)}\n", to_markdown(found.summary)]
+    parts += [text for text in [answers_markdown(found.summary)] if text]
     parts += [f"![{name}]({name}.png)\n" for name in figures]
     loads = lottery_loads(found.summary)
     if loads:
@@ -113,16 +121,20 @@ def markdown(found: Found, figures: list[str]) -> str:
         parts.append("## Load before and after fine-tuning\n\n" + markdown_table(head, rows))
     if found.ablation is not None:
         parts.append(_costly(found.ablation))
+    signs = super_experts(found.ablation, found.store, found.grid)
+    if signs:
+        parts.append(_super_experts(signs))
     return "\n".join(parts)
 
 
 def write_ablation(found: AblationMap, model: str, folder: Path, *, figures: bool) -> None:
     """Write the map of single experts alone: report.json, report.md and a figure."""
     folder.mkdir(parents=True, exist_ok=True)
+    collapsed = collapsing(found)
     values = {
         "model": model,
         **_ablation(found),
-        "super_experts": collapsing(found),
+        "super_experts": collapsed,
         "versions": installed_versions(),
     }
     _replace(folder / JSON_NAME, json.dumps(plain_values(values), indent=2) + "\n")
@@ -132,7 +144,8 @@ def write_ablation(found: AblationMap, model: str, folder: Path, *, figures: boo
         figure.savefig(folder / "ablation.png", dpi=_DPI, bbox_inches="tight")
         image = "\n![ablation](ablation.png)\n"
     head = f"# {model}\n\nPerplexity with all experts: {math.exp(found.whole):.4g}.\n\n"
-    _replace(folder / MARKDOWN_NAME, head + _costly(found) + image)
+    table = _super_experts({"single_drop": collapsed})
+    _replace(folder / MARKDOWN_NAME, f"{head}{_costly(found)}\n{table}{image}")
 
 
 def _row(summary: Summary, row: Row) -> dict[str, Any]:
@@ -170,6 +183,24 @@ def _costly(ablation: AblationMap) -> str:
     rows = [[f"`{layer}`", str(expert), f"x {factor:.4g}"] for factor, layer, expert in most]
     head = ["layer", "expert left out", "perplexity"]
     return "## The experts that cost most\n\n" + markdown_table(head, rows)
+
+
+def _super_experts(signs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return layer -> experts by each sign that was looked for, as :func:`super_experts` does."""
+    layers = dict.fromkeys(layer for found in signs.values() for layer in found)
+    rows = [
+        [f"`{layer}`", *(_named(found.get(layer, ())) for found in signs.values())]
+        for layer in layers
+    ]
+    head = ["layer", *(_SIGNS[sign] for sign in signs)]
+    table = markdown_table(head, rows or [["all", *("-" for _ in signs)]])
+    return f"## Super-experts\n\n{table}"
+
+
+def _named(experts: Sequence[int] | Mapping[str, float]) -> str:
+    if isinstance(experts, Mapping):
+        return ", ".join(f"{expert} (x {factor:.4g})" for expert, factor in experts.items()) or "-"
+    return ", ".join(str(expert) for expert in experts) or "-"
 
 
 def _figures(found: Found) -> dict[str, Figure]:

@@ -57,8 +57,8 @@ def compare(options: CompareOptions, *, progress: bool = False) -> Found:
             fail later are in the result, with a sentence each.
     """
     check_same_shape(options.models)
-    grid = Grid(options)
     text = ComparedText(options.text, default_tokenizer(options))
+    grid = Grid(options, text)
     folder = Path(options.output)
     settings = settings_of(options, text)
     store = CellStore(folder / STORE_NAME, settings, when_other=options.when_changed)

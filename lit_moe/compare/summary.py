@@ -87,12 +87,14 @@ class Summary:
         ratios: that were asked for, falling.
         rows: curves with at least one number, the control first in each procedure.
         failures: cells without one.
+        wholes: what was measured with all experts, one per model.
     """
 
     whole: Spread
     ratios: tuple[float, ...]
     rows: tuple[Row, ...]
     failures: tuple[Failure, ...]
+    wholes: tuple[Mapping[str, Any], ...] = ()
 
     def control(self, row: Row) -> Row | None:
         """Return the control of the same procedure and scope, None if there is none."""
@@ -107,13 +109,14 @@ class Summary:
     def beats_control(self, row: Row, ratio: float) -> bool | None:
         """Return whether a row is better than the control by more than both spreads.
 
-        None without a control or a number; the control itself is not compared.
+        None without a control, or below two values of either, which have no spread; the control
+        itself is not compared.
         """
         control = self.control(row)
         if control is None or row is control:
             return None
         mine, other = row.perplexity.get(ratio), control.perplexity.get(ratio)
-        if mine is None or other is None:
+        if mine is None or other is None or min(len(mine.values), len(other.values)) < 2:
             return None
         return other.mean - mine.mean > mine.deviation + other.deviation
 
@@ -147,9 +150,10 @@ def summarise(grid: Grid, store: CellStore) -> Summary:
         failures += [Failure(line, s, errors.count(s)) for s in dict.fromkeys(errors)]
         if found:
             rows.append(_row(line, found))
-    wholes = [store.get("whole", model=model) for model in grid.options.models]
-    whole = Spread(tuple(w["perplexity"] for w in wholes if w is not None))
-    return Summary(whole, tuple(grid.ratios), tuple(rows), tuple(failures))
+    found_wholes = (store.get("whole", model=model) for model in grid.options.models)
+    wholes = tuple(whole for whole in found_wholes if whole is not None)
+    whole = Spread(tuple(w["perplexity"] for w in wholes))
+    return Summary(whole, tuple(grid.ratios), tuple(rows), tuple(failures), wholes)
 
 
 def _cells(grid: Grid, store: CellStore, line: Line) -> Iterator[tuple[float, dict[str, Any]]]:
@@ -170,7 +174,7 @@ def to_markdown(summary: Summary) -> str:
     ]
     parts.append(
         "Mean over seeds and models, in brackets the standard deviation; `*`: better than random "
-        "by more than both deviations together.\n"
+        "by more than both deviations together, which takes two values of each.\n"
     )
     parts += [_directions(summary), _failures(summary)]
     return "\n".join(part for part in parts if part)

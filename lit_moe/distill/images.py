@@ -51,7 +51,7 @@ def image_recovery(
 
     Args:
         student: the model that is trained, in training mode.
-        teacher: the model as it was loaded; None if there is no distillation.
+        teacher: frozen, on any device; None if there is no distillation.
         batch: ``pixel_values (B, C, height, width)`` and ``labels (B,)``.
         weights: ``next_token`` weighs the labels (with the auxiliary losses of the routers),
             ``distillation`` the KL from the teacher's probabilities.
@@ -61,7 +61,8 @@ def image_recovery(
     total = weights.next_token * output.loss
     if weights.distillation > 0 and teacher is not None:
         with torch.no_grad():
-            target = teacher.eval()(pixel_values=batch["pixel_values"]).logits
+            pixels = batch["pixel_values"].to(teacher.device)
+            target = teacher.eval()(pixel_values=pixels).logits.to(output.logits.device)
         values["distillation"] = divergence(output.logits, target, weights.temperature)
         total = total + weights.distillation * values["distillation"]
     return Recovery(total, values, {"accuracy": accuracy(output.logits, batch["labels"])})

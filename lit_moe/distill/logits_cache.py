@@ -23,7 +23,7 @@ from torch import Tensor
 from lit_moe.distill.top_logits import TopLogits
 from lit_moe.errors import LitMoEError
 
-FORMAT = "lit-moe/teacher-logits/1"
+FORMAT = "lit-moe/teacher-logits/2"
 _KEY_FILE = "key.json"
 _PARTIAL = ".partial"
 _BYTES_PER_FILE = 1 << 24
@@ -116,9 +116,9 @@ class LogitsCache:
         if block not in self._places:
             raise LitMoEError(
                 f"the cache {self.folder} holds {len(self)} blocks of text, but not one that is "
-                "trained on now: it was written for other text, another sequence_length or fewer "
-                "steps; name another folder in loss.cache, or start the run anew so that it is "
-                "completed"
+                "trained on now, although it was completed for the coming steps: the data module "
+                "gives other blocks now, or the run was resumed behind its last step; start it "
+                "anew, or leave loss.cache out, which keeps the teacher in memory"
             )
         path, row = self._places[block]
         if path not in self._files:

@@ -14,18 +14,20 @@ Message = dict[str, str]
 
 _SYSTEM = "Reply with one number."
 _QUESTION, _WORDS = "How many are they?", "Forty-two"
+_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
 class ChatFormat:
     """How the chat template of a tokenizer words a conversation and the answer to it.
 
-    Made by :func:`chat_format`, which finds the last four by asking the template.
+    Made by :func:`chat_format`, which finds all but the first by asking the template.
 
     Attributes:
         tokenizer: renders the conversation with its template.
         takes_system: whether instructions are a message of their own; if not, they open the
             first message of the user.
+        shows_examples: whether the turns before the last question are shown.
         opening: what the template writes between its generation prompt and an answer, for instance
             an empty thought; part of every prompt, so that the model answers at once.
         lead: spaces between the prompt and the words of an answer.
@@ -36,6 +38,7 @@ class ChatFormat:
 
     tokenizer: PreTrainedTokenizerBase
     takes_system: bool
+    shows_examples: bool
     opening: str
     lead: str
     ending: str
@@ -55,8 +58,14 @@ class ChatFormat:
             question: what the user asks at last.
 
         Raises:
-            LitMoEError: if the template refuses the conversation.
+            LitMoEError: if the template refuses the conversation, or does not show the examples.
         """
+        if examples and not self.shows_examples:
+            raise LitMoEError(
+                f"{len(examples)} examples before the question were asked for, but the chat "
+                f"template of {self.tokenizer.name_or_path!r} leaves earlier turns out; use 0 "
+                "examples, chat: false, or a template that shows the whole conversation"
+            )
         messages = _messages([*(text for pair in examples for text in pair), question])
         instruction = instruction.strip()
         if instruction and self.takes_system:
@@ -92,6 +101,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     return ChatFormat(
         tokenizer,
         _takes_system(tokenizer, after_one),
+        _shows_examples(tokenizer),
         opening,
         head[len(opening) :],
         ending,
@@ -144,13 +154,37 @@ def _continuation(
 
 
 def _takes_system(tokenizer: PreTrainedTokenizerBase, after: tuple[str, str, str]) -> bool:
-    """Whether a system's message is shown, and an answer continues it as it does without."""
+    """Whether a system's message is shown as what it is, and answers go on as without it.
+
+    Templates that know two roles word it as a turn of the user or of the assistant.
+    """
     messages = [{"role": "system", "content": _SYSTEM}, *_messages([_QUESTION])]
     try:
-        is_shown = _SYSTEM in _rendered(tokenizer, messages, asks=True)
-        return is_shown and _continuation(tokenizer, messages) == after
+        shown = _rendered(tokenizer, messages, asks=True)
+        if _SYSTEM not in shown or _continuation(tokenizer, messages) != after:
+            return False
     except LitMoEError:
         return False
+    return all(_begun_by(tokenizer, role) != shown for role in ("user", "assistant"))
+
+
+def _begun_by(tokenizer: PreTrainedTokenizerBase, role: str) -> str | None:
+    """Return the conversation with the system's words in the mouth of another; None if refused."""
+    messages = [{"role": role, "content": _SYSTEM}, *_messages([_QUESTION])]
+    try:
+        return _rendered(tokenizer, messages, asks=True)
+    except LitMoEError:
+        return None
+
+
+def _shows_examples(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a long conversation is taken, and shows every turn."""
+    texts = [f"Text {n} of many." for n in range(2 * _EXAMPLES + 1)]
+    try:
+        shown = _rendered(tokenizer, _messages(texts), asks=True)
+    except LitMoEError:
+        return False
+    return all(text in shown for text in texts)
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, tail: str) -> tuple[str, int | None]:

@@ -10,10 +10,12 @@ from types import ModuleType
 from typing import Any
 
 from lit_moe.checkpoints import load as load
+from lit_moe.export.compressed import check_packable as check_packable
 from lit_moe.export.compressed_reading import load_compressed as load_compressed
 from lit_moe.export.exporter import ExportResult as ExportResult
 from lit_moe.export.exporter import Layout as Layout
 from lit_moe.export.exporter import Wanted as Wanted
+from lit_moe.export.exporter import check_layout as check_layout
 from lit_moe.export.exporter import export as export
 from lit_moe.export.staging import check_target as check_target
 from lit_moe.export.whole import selection_biases as selection_biases

@@ -23,6 +23,7 @@ from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.checkpoints import PACKED_FORMAT
 from lit_moe.errors import ExportError
 from lit_moe.export.writing import Weights, stored_layout
+from lit_moe.sharding.partitions import whole_shape
 
 METHOD = "compressed-tensors"
 Names = frozenset[str]
@@ -49,26 +50,45 @@ def check_layers_alike(model: PreTrainedModel, layout: str) -> None:
         )
 
 
-def check_compressible(model: PreTrainedModel, weights: Weights) -> Names:
-    """Return the stored names of the experts' matrices, or refuse the model.
+def check_packable(model: PreTrainedModel) -> Names:
+    """Return the stored names of the experts' matrices, or refuse the model by its shapes alone.
 
     Args:
-        model: whole.
-        weights: of it, as they are to be stored.
+        model: whole, or spread over ranks; its weights need no zeros yet.
 
     Raises:
-        ExportError: if compressed-tensors is not there, the family stores experts in one tensor, or
-            a group of four consecutive inputs has more than two weights that are not 0.
+        ExportError: if the family stores experts in one tensor, or 4 does not divide the inputs of
+            a matrix.
     """
-    sparse_24()
-    names = _stored_experts(model, weights)
-    odd = sorted(name for name in names if not _LINEAR.fullmatch(name))
-    if odd or not names:
+    layout = _experts_as_stored(model)
+    odd = sorted(name for name in layout if not _LINEAR.fullmatch(name))
+    if odd or not layout:
         said = f"{odd[0]!r} holds all experts of a layer" if odd else "it stores no expert tensors"
         raise ExportError(
             f"layout='compressed_2_4' packs one matrix per expert, but of {type(model).__name__} "
             f"({model.config.model_type}) {said}; leave layout at 'auto'"
         )
+    for name, matrix in layout.items():
+        if matrix.shape[-1] % _GROUP:
+            raise ExportError(
+                f"layout='compressed_2_4' packs groups of {_GROUP} inputs, but {name} has "
+                f"{matrix.shape[-1]} inputs, which {_GROUP} does not divide; leave layout at 'auto'"
+            )
+    return frozenset(layout)
+
+
+def check_compressible(model: PreTrainedModel) -> Names:
+    """Return the stored names of the experts' matrices, or refuse the model.
+
+    Args:
+        model: whole.
+
+    Raises:
+        ExportError: as :func:`check_packable`, and if compressed-tensors is not there, or a group
+            of four consecutive inputs has more than two weights that are not 0.
+    """
+    sparse_24()
+    names = check_packable(model)
     _check_zeros(model)
     return names
 
@@ -136,17 +156,18 @@ def sparse_24() -> Any:
     return sparse_24_bitmask
 
 
-def _stored_experts(model: PreTrainedModel, weights: Weights) -> Names:
+def _experts_as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
     """Mark the experts' tensors by a dtype, and see what bears it as they are stored."""
     experts = {axis.name for site in find_sites(model) for axis in site.rows("expert")}
-    marked = {
-        name: torch.Tensor.half if name in experts else torch.Tensor.float
-        for name, tensor in weights.held.items()
+    stand_ins = {
+        name: torch.empty(
+            1, dtype=torch.float16 if name in experts else torch.float32, device="cpu"
+        ).expand(whole_shape(tensor))
+        for name, tensor in model.state_dict(keep_vars=True).items()
         if tensor.is_floating_point()
     }
-    layout = stored_layout(model, Weights(weights.held, marked))
-    found = (name for name, t in layout.items() if t.dtype == torch.float16 and t.ndim > 1)
-    return frozenset(found)
+    layout = stored_layout(model, Weights(stand_ins))
+    return {n: t for n, t in layout.items() if t.dtype == torch.float16 and t.ndim > 1}
 
 
 def _check_zeros(model: PreTrainedModel) -> None:
@@ -165,8 +186,6 @@ def _check_zeros(model: PreTrainedModel) -> None:
 
 def _full_groups(weight_EOD: Tensor) -> tuple[int, int]:
     """Return how many groups of inputs hold too many weights, and how many there are."""
-    if weight_EOD.shape[-1] % _GROUP:
-        return weight_EOD.shape[0] * weight_EOD.shape[1], weight_EOD.shape[0] * weight_EOD.shape[1]
     over = groups = 0
     for weight_OD in weight_EOD:  # one expert at a time: no copy of a layer
         nonzero = weight_OD.unflatten(-1, (-1, _GROUP)).count_nonzero(dim=-1)

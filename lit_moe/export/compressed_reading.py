@@ -16,7 +16,7 @@ from lit_moe.accounting import count_bytes
 from lit_moe.checkpoints import check_weights, is_packed, model_class, read_config
 from lit_moe.errors import ExportError, LitMoEError
 from lit_moe.export.compressed import packed, sparse_24
-from lit_moe.export.reloading import check_equal, match_implementations
+from lit_moe.export.reloading import check_equal, match_dtypes, match_implementations
 from lit_moe.export.verification import RELOADED_WHOLE, check_files, compare_logits
 from lit_moe.export.writing import Weights, layer_by_layer, stored_layout
 from lit_moe.inference import evaluating
@@ -99,6 +99,7 @@ def _reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     except (LitMoEError, OSError, RuntimeError, ValueError) as error:
         raise ExportError(f"the export does not load: {error}") from error
     match_implementations(model, reloaded)
+    match_dtypes(model, reloaded)
     moved: Any = reloaded
     return moved.to(model.device)
 

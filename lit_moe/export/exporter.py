@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,6 +22,7 @@ from lit_moe.export.compressed import (
     check_layers_alike,
     config_entry,
     packed,
+    sparse_24,
 )
 from lit_moe.export.compressed_reading import verify_compressed
 from lit_moe.export.documents import write_documents
@@ -104,12 +105,14 @@ def export(  # noqa: PLR0913 - all but the first two are options with defaults
             :func:`lit_moe.export.verification.max_logit_difference`.
 
     Raises:
-        ExportError: if the path is taken, the disk is full, or the folder does not reload as the
-            same model. Nothing is left behind then, and an older folder is untouched.
+        ExportError: if the layout is unknown, the path is taken, the disk is full, or the folder
+            does not reload as the same model. Nothing is left behind then, and an older folder is
+            untouched.
     """
+    check_layout(layout)
     target = check_target(path, overwrite=overwrite)
     weights, config, chosen = _prepared(model, layout)
-    names = check_compressible(model, weights) if chosen == "compressed_2_4" else None
+    names = check_compressible(model) if chosen == "compressed_2_4" else None
     needed = weights.num_bytes() + _ROOM_FOR_SMALL_FILES
     check_space(target, needed)
     with staged(target, needed, overwrite=overwrite) as folder:
@@ -127,6 +130,19 @@ def export(  # noqa: PLR0913 - all but the first two are options with defaults
         write_documents(folder, model, result=_as_dict(result), plan=plan, report=report)
     _LOG.info("exported to %s (largest logit difference after reload: %s)", target, difference)
     return result
+
+
+def check_layout(layout: str) -> None:
+    """Refuse a layout that :func:`export` does not know, or has no library for.
+
+    Raises:
+        ExportError: naming those that it knows, or what to install.
+    """
+    if layout not in get_args(Wanted):
+        known = ", ".join(map(repr, get_args(Wanted)))
+        raise ExportError(f"layout={layout!r} is unknown; it can be {known}")
+    if layout == "compressed_2_4":
+        sparse_24()
 
 
 def _verified(

@@ -39,7 +39,7 @@ def reload_whole(
     _check_names(model, names)
     for name, tensor in names.items():
         check_equal(name, weights[name], tensor)
-    _match_dtypes(model, reloaded)
+    match_dtypes(model, reloaded)
     return reloaded if hasattr(model, "hf_device_map") else nn.Module.to(reloaded, model.device)
 
 
@@ -69,7 +69,7 @@ def reloaded_in_pieces(
     own = model.state_dict()
     same = {name: own[name] for name, t in names.items() if own[name].shape == t.shape}
     reloaded.load_state_dict(same, strict=False, assign=True)
-    _match_dtypes(model, reloaded)
+    match_dtypes(model, reloaded)
     removers = [
         _there_while_it_runs(reloaded, path, {n: (weights, own[n].dtype) for n in absent})
         for path, absent in _by_layer(name for name in names if name not in same).items()
@@ -215,7 +215,7 @@ def match_implementations(model: PreTrainedModel, reloaded: PreTrainedModel) -> 
         reloaded.set_attn_implementation(attention)
 
 
-def _match_dtypes(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+def match_dtypes(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
     """Bring what has memory to the dtypes and devices that it has in ``model``."""
     own = dict(_tensors(model))
     for name, tensor in _tensors(reloaded):

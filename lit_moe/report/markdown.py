@@ -68,6 +68,8 @@ def _choice(report: RunReport) -> str:
         lines.append(f"- criterion `{report.criterion}`")
     if report.calibration.tokens:
         lines.append(f"- observed on {report.calibration.tokens:,} tokens")
+        if report.calibration.predicted is not None:
+            lines.append(f"- gradients of {report.calibration.predicted:,} predicted tokens")
         lines.append(f"- experts that saw no token: {unrouted}")
     if report.protected:
         total = sum(len(ids) for ids in report.protected.values())

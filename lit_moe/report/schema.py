@@ -49,9 +49,12 @@ class Calibration:
 
     Attributes:
         tokens: observed, padding excluded; 0 for criteria that look at weights only.
+        predicted: tokens among them that gradients are of, with labels those that have one; None
+            without a pass of gradients.
     """
 
     tokens: int = 0
+    predicted: int | None = None
 
 
 @dataclass

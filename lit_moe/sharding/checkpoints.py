@@ -82,5 +82,7 @@ def _remove(path: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    full = "No space left" in str(error) or "PytorchStreamWriter failed" in str(error)
+    # torch's writer says only that it is not where it should be in the file.
+    signs = ("No space left", "PytorchStreamWriter failed", "unexpected pos")
+    full = any(sign in str(error) for sign in signs)
     return f"{text} (is the disk full?)" if full else text

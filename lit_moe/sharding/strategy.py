@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
@@ -20,7 +22,7 @@ from torch import nn
 from torch.distributed import default_pg_timeout
 
 from lit_moe.errors import LitMoEError
-from lit_moe.resuming import CheckpointHeader, read_header
+from lit_moe.resuming import CheckpointHeader, precision_in, read_header
 from lit_moe.sharding.checkpoints import check_sharded, written_together
 from lit_moe.sharding.environment import DeepSpeedLauncherEnvironment
 from lit_moe.sharding.frozen import load_untrained, without_teacher
@@ -72,7 +74,10 @@ class MoEDeepSpeed(DeepSpeedStrategy):
     ) -> None:
         if stage not in (1, 2, 3):
             raise LitMoEError(f"stage={stage} is no ZeRO stage; there are 1, 2 and 3")
-        super().__init__(stage=stage, config=config, timeout=timeout, **options)
+        try:
+            super().__init__(stage=stage, config=config, timeout=timeout, **options)
+        except (MisconfigurationException, json.JSONDecodeError) as error:
+            raise LitMoEError(f"config={config!r} cannot be taken: {error}") from error
         self.shard_on_load = shard_on_load
         self.patience = patience
         if shard_on_load and not self.zero_stage_3:
@@ -80,6 +85,12 @@ class MoEDeepSpeed(DeepSpeedStrategy):
                 "shard_on_load=true spreads parameters over ranks, which only stage 3 does; "
                 f"the configuration asks for stage {self.stage}"
             )
+        if self.stage not in (1, 2, 3):
+            raise LitMoEError(
+                f"the DeepSpeed configuration asks for zero_optimization.stage {self.stage}; there "
+                "are 1, 2 and 3 here, and strategy: ddp for none"
+            )
+        _check_optimizer(self._content)
         if self._offloads_optimizer:
             # torch's AdamW then runs on the host; DeepSpeed would insist on compiling its own.
             self._content.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -173,12 +184,14 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _is_written_alike(self, header: CheckpointHeader) -> bool:
-        return (header.world_size, header.stage) == (self.world_size, self.stage)
+        written = (header.world_size, header.stage, header.precision)
+        return written == (self.world_size, self.stage, precision_in(self._content))
 
     def _load_universal(self, header: CheckpointHeader) -> dict[str, Any]:
         rank_zero_info(
             f"{header.path} was written by {header.world_size} ranks under ZeRO stage "
-            f"{header.stage}; it is converted for {self.world_size} ranks under stage {self.stage}"
+            f"{header.stage} in {header.precision}; it is converted for {self.world_size} ranks "
+            f"under stage {self.stage} in {precision_in(self._content)}"
         )
         if self.is_global_zero:
             make_universal(header)
@@ -261,6 +274,21 @@ class MoEDeepSpeed(DeepSpeedStrategy):
     @property
     def _module(self) -> MoEModule:
         return cast("MoEModule", self.lightning_module)
+
+
+def _check_optimizer(config: Mapping[str, Any]) -> None:
+    """Refuse what would take the module's optimizer away, or have DeepSpeed refuse it."""
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise LitMoEError(
+                f"the DeepSpeed configuration has a section {name!r}, but optimizer and schedule "
+                "are the model's (model.init_args.optimizer); take the section out"
+            )
+    if config.get("zero_force_ds_cpu_optimizer") is True:
+        raise LitMoEError(
+            "the DeepSpeed configuration sets zero_force_ds_cpu_optimizer: true, but the optimizer "
+            "is torch's AdamW or SGD, which DeepSpeed then refuses; leave the field out"
+        )
 
 
 def _forget_compiled_collectives() -> None:

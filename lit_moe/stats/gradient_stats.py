@@ -32,16 +32,23 @@ class GradientStats:
             hidden dimension, shape ``(E, H)``.
         outlier_count: entries further from the mean of their row by neuron than three of its
             standard deviations, shape ``(E,)``.
+        count: tokens routed to each expert, predicted or not, shape ``(E,)``.
     """
 
     gram: Tensor
     deviation: Tensor
     outlier_count: Tensor
+    count: Tensor
 
     @property
     def num_experts(self) -> int:
         """Routed experts of the layer."""
         return len(self.gram)
+
+    @property
+    def unrouted(self) -> tuple[int, ...]:
+        """Ids of the experts that saw no token."""
+        return tuple((self.count == 0).nonzero().flatten().tolist())
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,13 @@ class GradientObservation:
 
     Attributes:
         layers: layer name -> :class:`GradientStats`, in the order of the model's layers.
-        tokens: predicted tokens, over all ranks; with labels those that have one.
+        tokens: seen, over all ranks, padding excluded; with an encoder, of the longer side.
+        predicted: tokens among them that the loss is on; with labels those that have one.
     """
 
     layers: Mapping[str, GradientStats]
     tokens: int
+    predicted: int
 
     @property
     def num_experts(self) -> dict[str, int]:
@@ -63,16 +72,15 @@ class GradientObservation:
 
     @property
     def unrouted(self) -> dict[str, tuple[int, ...]]:
-        """Layer name -> experts without any gradient, as those are that saw no token."""
-        found = {
-            name: tuple((stats.gram.diagonal() == 0).nonzero().flatten().tolist())
-            for name, stats in self.layers.items()
-        }
-        return {name: ids for name, ids in found.items() if ids}
+        """Layer name -> experts that saw no token, only for layers that have some.
+
+        One that served prompts alone is not among them, though its gradient may be 0.
+        """
+        return {name: s.unrouted for name, s in self.layers.items() if s.unrouted}
 
 
 def layer_stats(
-    model: PreTrainedModel, site: MoESite, gradients: Mapping[str, Tensor]
+    model: PreTrainedModel, site: MoESite, gradients: Mapping[str, Tensor], count: Tensor
 ) -> GradientStats:
     """Reduce the gradients of one layer's experts to a few numbers of each.
 
@@ -80,6 +88,7 @@ def layer_stats(
         model: the model; what it holds is the same afterwards.
         site: the MoE layer.
         gradients: parameter name -> gradient, for all parameters of the layer's experts.
+        count: tokens routed to each expert, shape ``(E,)``.
     """
     adapter = adapter_for(model.config)
     with _standing_in(model, gradients), torch.no_grad():
@@ -90,7 +99,10 @@ def layer_stats(
         deviation.append(_deviation_of_columns(rows_NH))
         outliers.append(outliers_per_row(rows_NH).sum(dtype=torch.float64))
     return GradientStats(
-        gram_of_experts(views).cpu(), torch.stack(deviation).cpu(), torch.stack(outliers).cpu()
+        gram_of_experts(views).cpu(),
+        torch.stack(deviation).cpu(),
+        torch.stack(outliers).cpu(),
+        count.cpu(),
     )
 
 

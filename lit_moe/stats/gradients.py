@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import CalibrationError, UnsupportedModelError
+from lit_moe.inference import run_body
 from lit_moe.sharding.partitions import is_partitioned
+from lit_moe.stats.gradient_routing import RoutedTokens
 from lit_moe.stats.gradient_stats import GradientObservation, layer_stats
 from lit_moe.stats.observe import failing_together, model_inputs, shown
 
@@ -41,7 +43,8 @@ def observe_gradients(
     rank must call this with its own share of the batches; all get the sums over all ranks.
 
     The loss is the mean over every predicted token of all batches and ranks; of questions, whose
-    batches have labels, over the tokens of the answers.
+    batches have labels, over the tokens of the answers. Which experts were used is counted over all
+    tokens, those of the prompts too.
 
     Args:
         model: any supported MoE language model, not partitioned over ranks.
@@ -61,23 +64,25 @@ def observe_gradients(
     sites = find_sites(model)
     wanted = {site.name: _expert_parameters(model, site) for site in sites}
     _check_differentiable(model, wanted)
-    total = _Total()
+    total, routed = _Total(), RoutedTokens(model, sites)
     everything = list({id(p): p for group in wanted.values() for p in group.values()}.values())
     with _taking_gradients(model, everything), failing_together():
-        with total.collecting(everything):
-            _run(model, total, shown(batches, progress))
+        with total.collecting(everything), routed.counting():
+            _run(model, total, routed, shown(batches, progress))
         for name, parameters in wanted.items():
             total.check_finite(name, parameters.values())
-    tokens = int(_sum_over_ranks(torch.tensor(total.tokens, device=model.device)))
-    if not tokens:
+    predicted = int(_sum_over_ranks(torch.tensor(total.tokens, device=model.device)))
+    if not predicted:
         raise CalibrationError(
             "there is no token to predict in the calibration batches; give at least one row of 2 "
             "tokens or more, and of labels that are not all -100"
         )
-    layers = {
-        site.name: layer_stats(model, site, total.give(wanted[site.name], tokens)) for site in sites
-    }
-    return GradientObservation(layers, tokens)
+    layers = {}
+    for site in sites:
+        gradients = total.give(wanted[site.name], predicted)
+        count = _sum_over_ranks(routed.count[site.name])
+        layers[site.name] = layer_stats(model, site, gradients, count)
+    return GradientObservation(layers, int(_sum_over_ranks(routed.tokens)), predicted)
 
 
 class _Total:
@@ -133,13 +138,17 @@ class _Total:
             known.add_(gradient, alpha=self._weight)
 
 
-def _run(model: PreTrainedModel, total: _Total, batches: Batches) -> None:
+def _run(model: PreTrainedModel, total: _Total, routed: RoutedTokens, batches: Batches) -> None:
     for batch in batches:
         inputs = model_inputs(batch, model.device)
         labels_BS = _labels(inputs, batch.get("labels"))
         num_tokens = int((labels_BS >= 0).sum())
+        routed.begin(inputs)
         if num_tokens:
             total.backward(_mean_loss(model, inputs, labels_BS), num_tokens)
+        else:
+            with torch.no_grad():
+                run_body(model, inputs)
 
 
 def _labels(inputs: Mapping[str, Tensor], given_BS: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from lit_moe import cli
 from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.compare import ablation_map, stand_outs
 from lit_moe.compare.findings import collapsing
+from lit_moe.compare.present import write_ablation
 from lit_moe.errors import LitMoEError
 from lit_moe.evaluate import evaluate_perplexity
 from lit_moe.masking import masked
@@ -80,6 +81,19 @@ def test_an_expert_that_carries_the_model_is_named():
     found.losses[layer][5] = found.whole + math.log(2)
     assert collapsing(found) == {layer: {"5": pytest.approx(2)}}
     assert stand_outs(found.increases) == {layer: [5]}
+
+
+def test_experts_that_carry_the_model_are_a_table_of_the_report(tmp_path):
+    model = tiny_moe("mixtral")
+    found = ablation_map(model, text_for(model))
+    first, layer = (site.name for site in find_sites(model))
+    write_ablation(found, "tiny", tmp_path, figures=False)
+    assert "| all | - |" in (tmp_path / "report.md").read_text()
+    found.losses[layer][5] = found.whole + math.log(2)
+    write_ablation(found, "tiny", tmp_path, figures=False)
+    text = (tmp_path / "report.md").read_text().partition("## Super-experts")[2]
+    assert f"| `{layer}` | 5 (x 2) |" in text
+    assert first not in text
 
 
 def test_models_that_need_all_their_experts_and_masked_ones_are_refused():

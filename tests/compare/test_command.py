@@ -99,8 +99,7 @@ def test_after_a_kill_the_same_command_goes_on_and_repeats_nothing(words, tmp_pa
 def test_what_a_comparison_leaves(words, tmp_path, capsys):
     assert cli.main([*words, "--ablation=true"]) == 0
     shown = capsys.readouterr().out
-    assert "one-shot: perplexity" in shown
-    assert "lottery: perplexity" in shown
+    assert all(f"{name}: perplexity" in shown for name in ("one-shot", "lottery"))
     out = tmp_path / "out"
     report = json.loads((out / "report.json").read_text())
     assert report["failed"] == []
@@ -130,8 +129,9 @@ def test_what_a_comparison_leaves(words, tmp_path, capsys):
     for name in ("perplexity", "agreement", "rank_correlation", "expert_load", "ablation"):
         assert (out / f"{name}.png").stat().st_size > 5000
         assert f"![{name}]({name}.png)" in text
-    assert "| random |" in text
-    assert "## Directions" in text
+    signs = "| layer | experts with extreme activations | experts without which"
+    for part in ("| random |", "## Directions", f"## Super-experts\n\n{signs}"):
+        assert part in text
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     curve = events.Scalars("lottery/ean")

@@ -47,6 +47,15 @@ def test_a_criterion_beats_random_only_by_more_than_both_spreads():
     assert found.beats_control(found.rows[3], 0.5) is None
 
 
+def test_a_single_value_has_no_spread_and_gets_no_star():
+    one, two = row("random", 90.0), row("random", 90.0, 95.0)
+    for control, other in ((one, row("a", 5.0, 6.0)), (two, row("a", 5.0)), (one, row("a", 5.0))):
+        found = summary(control, other)
+        assert found.beats_control(other, 0.5) is None
+        assert " * |" not in to_markdown(found)
+    assert " * |" in to_markdown(summary(two, row("a", 5.0, 6.0)))
+
+
 def test_directions_are_told_apart_and_losses_are_shown():
     found = summary(
         row("a", 1.0), row("a", 2.0, direction="opposite"), row("b", 3.0), row("c", 9.0)

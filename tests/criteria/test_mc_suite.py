@@ -56,6 +56,7 @@ GRADIENTS = GradientStats(
     gram=f64([4, 3, 0], [3, 9, 6], [0, 6, 16]),
     deviation=f64([1, math.e], [math.e, math.e], [1, 1]),
     outlier_count=f64(5, 1, 3),
+    count=f64(1, 2, 1),
 )
 
 FORWARD = {
@@ -87,7 +88,7 @@ OPPOSITE = {"ecc": (2.0, 1.0, 0.0), "ets": (2.0, 1.0, 0.0)}
 
 def evidence_of(name):
     if name in BACKWARD:
-        return GradientObservation({"mlp": GRADIENTS}, 4), BACKWARD[name]
+        return GradientObservation({"mlp": GRADIENTS}, 4, 3), BACKWARD[name]
     return Observation({"mlp": STATS}), FORWARD[name]
 
 
@@ -205,5 +206,5 @@ def test_gradients_are_taken_where_there_are_batches_and_given_ones_are_used():
     model = tiny_moe("mixtral")
     taken = score(model, "egn", batches=[example_inputs(model)])
     assert all(bool((values > 0).any()) for values in taken.values())
-    given = GradientObservation({"mlp": GRADIENTS}, 4)
+    given = GradientObservation({"mlp": GRADIENTS}, 4, 3)
     assert score(given, "egn")["mlp"].tolist() == [2.0, 3.0, 4.0]

@@ -88,7 +88,7 @@ def evidence():
     layers = {site.name: random_stats(generator) for site in sites}
     return Evidence(
         observation=Observation(layers),
-        gradients=GradientObservation({s.name: random_gradients(generator) for s in sites}, 9),
+        gradients=GradientObservation({s.name: random_gradients(generator) for s in sites}, 9, 8),
         model=model,
         sites=sites,
         batches=[example_inputs(model)],
@@ -124,7 +124,7 @@ def random_gradients(generator):
     flat = torch.randn(NUM_EXPERTS, 20, generator=generator).double()
     deviation = torch.rand(NUM_EXPERTS, HIDDEN, generator=generator).double()
     outliers = torch.rand(NUM_EXPERTS, generator=generator).double()
-    return GradientStats(flat @ flat.T, deviation, outliers)
+    return GradientStats(flat @ flat.T, deviation, outliers, torch.ones(NUM_EXPERTS))
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -121,10 +121,12 @@ def test_gradients_of_questions_are_those_of_their_answers(checkpoint, make_trai
     trainer = make_trainer(OneShotPruning(criterion="ege", keep_ratio=0.5), max_steps=0)
     trainer.fit(MoEModule(str(checkpoint)), datamodule=data)
     learnt = sum(int((row["labels"] != IGNORED).sum()) for row in rows_of(data, "calibration"))
-    assert report_writer(trainer).report.calibration.tokens == learnt
-    assert (
-        0 < learnt < sum(int(row["attention_mask"].sum()) for row in rows_of(data, "calibration"))
-    )
+    seen = sum(int(row["attention_mask"].sum()) for row in rows_of(data, "calibration"))
+    report = report_writer(trainer).report
+    assert (report.calibration.tokens, report.calibration.predicted) == (seen, learnt)
+    assert 0 < learnt < seen
+    told = to_markdown(report)
+    assert f"observed on {seen:,} tokens\n- gradients of {learnt:,} predicted tokens" in told
 
 
 def test_evaluation_knows_every_number_of_examples_and_refuses_before_the_first(checkpoint):

@@ -1,6 +1,7 @@
 """Whole runs whose teacher was asked once and then let go."""
 
 import gc
+from typing import Any
 
 import lightning as L
 import pytest
@@ -14,7 +15,7 @@ from lit_moe.errors import LitMoEError
 from lit_moe.module import LossWeights, OptimizerConfig, TeacherConfig
 from lit_moe.testing import tiny_moe
 
-LOSS = {"distillation": 1.0, "top_k": 16}
+LOSS: dict[str, Any] = {"distillation": 1.0, "top_k": 16}
 
 
 def count_models():

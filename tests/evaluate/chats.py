@@ -32,6 +32,24 @@ PLAIN_TEXT = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n--\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+# Two roles, so that a system's words would be a turn of the one that is not asked for by name.
+NO_USER = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Human: ' + m['content'] + '\n' }}"
+    "{% else %}{{ 'Assistant: ' + m['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+NO_ASSISTANT = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' + m['content'] + '\n' }}{% else %}{{ 'Human: ' + m['content'] + '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+# The last question, and the answer if there is one, of however many there were.
+LAST_TURN = (
+    "{% for m in messages if m['role'] == 'user' %}{% if loop.last %}"
+    "{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if not add_generation_prompt %}{{ messages[-1]['content'] + '<|im_end|>' }}{% endif %}"
+)
+LAST_FOUR = CHATML.replace("in messages", "in messages[-4:]")
 MARKS = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|head|>", "<|/head|>", "<|eot|>"]
 VOCABULARY = 1024 + len(MARKS)
 

@@ -23,8 +23,12 @@ from lit_moe.evaluate.task_quality import checked_prompts
 from lit_moe.testing import tiny_moe
 from tests.evaluate.chats import (
     CHATML,
+    LAST_FOUR,
+    LAST_TURN,
     LLAMA,
     MISTRAL,
+    NO_ASSISTANT,
+    NO_USER,
     PLAIN_TEXT,
     THINKING,
     VOCABULARY,
@@ -93,6 +97,39 @@ def test_instructions_that_a_template_drops_are_not_lost(silent):
     assert prompt == (
         "<|im_start|>user\nOne word.\n\nCapital of France?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("template", [NO_USER, NO_ASSISTANT])
+def test_instructions_are_no_turn_of_user_or_assistant(template):
+    prompt = prompting_of(chatting(template)).prompt(FRANCE)
+    assert prompt == (
+        "Human: One word.\n\nCapital of Peru?\nAssistant: Lima.\n"
+        "Human: Capital of France?\nAssistant:"
+    )
+
+
+def test_a_system_without_a_mark_of_its_own_stays_one():
+    bare = NO_USER.replace("{% else %}", "{% elif m.role == 'system' %}{{ m.content }} {% else %}")
+    prompt = prompting_of(chatting(bare), num_shots=0).prompt(FRANCE)
+    assert prompt == "One word. Human: Capital of France?\nAssistant:"
+
+
+@pytest.mark.parametrize("template", [LAST_TURN, LAST_FOUR])
+def test_examples_that_a_template_leaves_out_are_refused(template):
+    tokenizer = chatting(template)
+    message = (
+        r"^1 examples before the question were asked for, but .* leaves earlier turns out; use"
+    )
+    with pytest.raises(LitMoEError, match=message):
+        prompting_of(tokenizer).prompt(FRANCE)
+    assert "One word.\n\nCapital" in prompting_of(chatting(LAST_TURN), 0).prompt(FRANCE)
+
+
+def test_a_template_that_takes_no_long_conversation_still_asks_without_examples():
+    short = "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}" + CHATML
+    with pytest.raises(LitMoEError, match="1 examples before the question were asked for"):
+        prompting_of(chatting(short)).prompt(FRANCE)
+    assert "Capital of France?" in prompting_of(chatting(short), 0).prompt(FRANCE)
 
 
 def test_without_an_instruction_there_is_no_system():

@@ -10,11 +10,13 @@ import lit_moe
 from lit_moe.adapters import count_experts, find_sites
 from lit_moe.callbacks import ExportModel, OneShotPruning, ReportWriter
 from lit_moe.data import Augmentation, ImageDataModule, SplitFractions
-from lit_moe.distill.images import divergence
+from lit_moe.distill.images import divergence, image_recovery
 from lit_moe.errors import LitMoEError
-from lit_moe.module import LossWeights, MoEModule, OptimizerConfig
+from lit_moe.module import LossWeights, MoEModule, OptimizerConfig, TeacherConfig
 from lit_moe.optimization import build_optimizer, build_schedule
-from lit_moe.testing.vision import TINY, tiny_vmoe
+from lit_moe.testing.vision import TINY, example_images, tiny_vmoe
+from lit_moe.vmoe.configuration import VMoEConfig
+from lit_moe.vmoe.modeling import VMoEForImageClassification
 
 DIGITS = {**TINY, "model_type": "lit_vmoe", "num_labels": 10}
 
@@ -160,3 +162,32 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make, words, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LitMoEError, match=words):
         trainer(tmp_path).fit(*make())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [("image_size", 16, "image_size is 16 in the teacher and 8"), ("num_channels", 3, "is 3 in")],
+)
+def test_a_teacher_of_other_images_is_refused(field, value, said, tmp_path):
+    config = VMoEConfig(**{**TINY, "num_labels": 10, field: value})
+    VMoEForImageClassification(config).save_pretrained(tmp_path / "teacher")
+    teacher = TeacherConfig(str(tmp_path / "teacher"))
+    distilled = module(loss=LossWeights(distillation=1.0), teacher=teacher)
+    with pytest.raises(LitMoEError, match=f"{said}.*both are shown the same images"):
+        trainer(tmp_path, max_steps=1).fit(distilled, data())
+
+
+def test_a_teacher_on_another_device_gets_its_pixels_there():
+    student = tiny_vmoe("delete")
+    batch = {**example_images(student), "labels": torch.tensor([0, 1, 2])}
+    asked = []
+
+    class Elsewhere(torch.nn.Module):
+        device = torch.device("meta")
+
+        def forward(self, pixel_values):
+            asked.append(pixel_values.device.type)
+            return student(pixel_values=torch.zeros(pixel_values.shape))
+
+    image_recovery(student, Elsewhere(), batch, LossWeights(distillation=1.0))  # type: ignore[arg-type]
+    assert asked == ["meta"]
