@@ -109,6 +109,15 @@ def wait_for_a_save(folder, process):
     raise AssertionError(process.communicate()[0])
 
 
+def wait_for_the_export(folder, process):
+    """Return while the model is being written or compared, before it has its name."""
+    while process.poll() is None:
+        if list(folder.glob(".model*")):
+            return
+        time.sleep(0.001)
+    raise AssertionError(process.communicate()[0])
+
+
 def kill(process, who):
     victims = ranks_of(process) if who == "one" else []
     if who == "all":
@@ -125,6 +134,7 @@ def kill(process, who):
         pytest.param("all", "saving", marks=pytest.mark.slow),
         pytest.param("one", "between", marks=pytest.mark.slow),
         pytest.param("one", "saving", marks=pytest.mark.slow),
+        pytest.param("all", "exporting", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("strategy", some(["zero3"], ["ddp", "zero1", "zero2"]))
@@ -138,6 +148,8 @@ def test_killed_ranks_and_the_same_command_again(
     wait_for_checkpoint(tmp_path, process)
     if moment == "saving":
         wait_for_a_save(tmp_path, process)
+    elif moment == "exporting":
+        wait_for_the_export(tmp_path, process)
     else:
         time.sleep(0.3)
     kill(process, who)
@@ -163,3 +175,19 @@ def test_a_dead_rank_takes_the_others_down(restless, chapters, tmp_path, victim,
     if victim == 1:
         assert "rank 0 lost contact to another process of the run" in output, output
         assert "--ckpt_path last" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_killed_before_anything_was_saved(uninterrupted, restless, chapters, tmp_path, strategy):
+    options = (f"--trainer.strategy={strategy}", "--ckpt_path=last")
+    process = start(*command(tmp_path, restless, chapters, *options))
+    for _ in range(6000):  # its first file: the model is built, or being observed
+        if list(tmp_path.rglob("*.*")) or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    kill(process, "all")
+    code, output = finish(start(*command(tmp_path, restless, chapters, *options)))
+    assert code == 0, output
+    assert weights(tmp_path) == weights(uninterrupted(strategy))

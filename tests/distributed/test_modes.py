@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -71,11 +72,28 @@ def test_refitted_experts_train_with_the_losses_of_one_process(setup, mode):
 
 
 @pytest.mark.parametrize("mode", some(["zero2", "zero3"], ["ddp", "zero1", "zero3-sharded-load"]))
-def test_bf16_follows_one_process_in_bf16(setup, mode):
-    options = {"precision": "bf16-mixed", "max_steps": 8}
+@pytest.mark.parametrize("task", some(["plain"], [name for name in TASKS if name != "plain"]))
+def test_bf16_follows_one_process_in_bf16(setup, mode, task):
+    steps = {**TASKS[task], "max_steps": 8}
+    options = {**steps, "precision": "bf16-mixed"}
     one, two = setup.fit("single", **options)[0], setup.fit(mode, **options)[0]
     assert two == pytest.approx(one, abs=0.02)
-    assert two != setup.fit(mode, max_steps=8)[0]
+    assert two != setup.fit(mode, **steps)[0]
+
+
+@pytest.mark.parametrize("mode", some(["zero3"], ["ddp", "zero1", "zero2", "zero3-sharded-load"]))
+def test_the_load_that_training_shows_is_that_of_one_process(setup, mode):
+    def monitored(trainer, _):
+        (monitor,) = (c for c in trainer.callbacks if isinstance(c, ExpertMonitor))
+        return {name: np.stack(columns).tolist() for name, columns in monitor._history.items()}
+
+    options = {"max_steps": 6, "accumulate_grad_batches": 2, "look": monitored}
+    callbacks = prune(more=[ExpertMonitor(every_n_steps=2)])
+    (alone,) = setup.fit("single", callbacks=callbacks, **options)
+    shared = setup.fit(mode, callbacks=callbacks, **options)[0]
+    assert {len(columns) for columns in alone.values()} == {3}
+    for name, columns in alone.items():
+        np.testing.assert_allclose(shared[name], columns, atol=0.02)
 
 
 @pytest.fixture(scope="module")
