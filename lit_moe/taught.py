@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from lit_moe.teachers import (
 )
 
 
-class TaughtModule(ResumableModule):
+class TaughtModule(ResumableModule, ABC):
     """A module with a recovery loss and its teacher, which no checkpoint holds.
 
     Args:
@@ -55,9 +56,9 @@ class TaughtModule(ResumableModule):
         self.teacher: PreTrainedModel | None = None
         self.origin: Plan | None = None
 
+    @abstractmethod
     def build(self) -> PreTrainedModel:
         """Return the model as it is loaded."""
-        raise NotImplementedError
 
     def add_teacher(self, model: PreTrainedModel) -> None:
         """Build the teacher, unless there is none or only its cached logits are asked for."""
