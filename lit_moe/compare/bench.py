@@ -205,6 +205,7 @@ class ModelBench:
         value = {
             "tokens": seen.tokens,
             "count": {name: stats.count.tolist() for name, stats in seen.layers.items()},
+            "max_abs": {name: stats.max_abs.tolist() for name, stats in seen.layers.items()},
             "super_experts": {k: list(ids) for k, ids in find_super_experts(seen).items()},
             "unrouted": {k: list(ids) for k, ids in seen.unrouted.items()},
         }

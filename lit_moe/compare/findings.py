@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,28 @@ from lit_moe.compare.summary import Summary
 
 COLLAPSE = 1.5
 """A single expert without which the perplexity is so many times as large is called super."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that a comparison knows.
+
+    Attributes:
+        grid: what was asked.
+        store: the cells.
+        summary: their table.
+        ablation: what single experts are worth on the first model; None if not asked.
+    """
+
+    grid: Grid
+    store: CellStore
+    summary: Summary
+    ablation: AblationMap | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no cell failed."""
+        return not self.summary.failures
 
 
 def agreements(grid: Grid, store: CellStore) -> dict[str, Agreement]:
@@ -95,22 +118,26 @@ def lottery_loads(summary: Summary) -> dict[str, dict[str, Any]]:
     return found
 
 
-def super_experts(ablation: AblationMap | None, store: CellStore, grid: Grid) -> dict[str, Any]:
+def super_experts(found: Found) -> dict[str, Any]:
     """Return experts that one must not drop, by each of the signs that are known.
 
     ``extreme_activations``: those that ``protect: [super-experts]`` means, of the first seed.
     ``single_drop``: those without which the perplexity is 1.5 times as large, with the factor
     (MC-Suite, arXiv 2504.05586, figure 2: dropping one of two experts collapses the model).
     """
-    model = grid.options.models[0]
-    loads = (store.get("load", model=model, seed=seed) for seed in grid.all_seeds)
-    seen = next(filter(None, loads), None)
-    found: dict[str, Any] = {}
+    seen, signs = calibrated(found), {}
     if seen is not None:
-        found["extreme_activations"] = seen["super_experts"]
-    if ablation is not None:
-        found["single_drop"] = collapsing(ablation)
-    return found
+        signs["extreme_activations"] = seen["super_experts"]
+    if found.ablation is not None:
+        signs["single_drop"] = collapsing(found.ablation)
+    return signs
+
+
+def calibrated(found: Found) -> dict[str, Any] | None:
+    """Return what the first calibration of the first model saw, if one was kept."""
+    model = found.grid.options.models[0]
+    loads = (found.store.get("load", model=model, seed=seed) for seed in found.grid.all_seeds)
+    return next(filter(None, loads), None)
 
 
 def collapsing(ablation: AblationMap) -> dict[str, dict[str, float]]:

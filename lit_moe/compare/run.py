@@ -29,9 +29,10 @@ from lit_moe.compare.cells import (
     task_data,
 )
 from lit_moe.compare.claims import Claims
+from lit_moe.compare.findings import Found
 from lit_moe.compare.grid import Grid
 from lit_moe.compare.options import CompareOptions, Line, default_tokenizer
-from lit_moe.compare.present import Found, write_all
+from lit_moe.compare.present import write_all
 from lit_moe.compare.store import CellStore
 from lit_moe.compare.summary import summarise
 from lit_moe.compare.text import ComparedText

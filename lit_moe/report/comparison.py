@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from lit_moe.report.figures import _bare, _figure, _panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
 _COLOURS = ("#2a6f97", "#d98e73", "#4c956c", "#8e6c8a", "#c9a227", "#5f8fa8", "#a44a3f", "#7f9c5b")
@@ -125,36 +126,76 @@ def load_figure(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Fi
     return figure
 
 
-def ablation_figure(perplexities: Mapping[str, Tensor], whole: float) -> Figure:
+def ablation_figure(
+    perplexities: Mapping[str, Tensor],
+    whole: float,
+    marked: Mapping[str, Iterable[int]] | None = None,
+) -> Figure:
     """Draw layers x experts: perplexity without each expert over that with all.
 
     Args:
         perplexities: layer -> perplexity without each expert, ``(E,)``.
         whole: perplexity with all experts.
+        marked: layer -> experts that are outlined, as those without which the model collapses.
     """
-    from matplotlib.colors import LogNorm
+    ratios = {layer: values / whole for layer, values in perplexities.items()}
+    finite = [float(r[r.isfinite()].max()) for r in ratios.values() if r.isfinite().any()]
+    figure, bar = _expert_map(ratios, 1.0, max([1.05, *finite]), "magma", marked or {})
+    figure.axes[0].set_xlabel("expert that is left out", fontsize=9)
+    bar.set_label(f"perplexity over {whole:.4g}", fontsize=8)
+    return figure
 
-    num_experts = max(values.numel() for values in perplexities.values())
-    ratio = np.full((len(perplexities), num_experts), np.nan)
-    for row, values in zip(ratio, perplexities.values(), strict=True):
-        row[: values.numel()] = (values / whole).numpy()
-    figure = _figure(min(14.0, 3.0 + 0.25 * num_experts), 1.4 + 0.3 * len(ratio))
+
+def activation_figure(
+    max_abs: Mapping[str, Tensor], marked: Mapping[str, Iterable[int]] | None = None
+) -> Figure:
+    """Draw layers x experts: how far the largest entry of an expert's outputs is above the usual.
+
+    Args:
+        max_abs: layer -> largest absolute entry of each expert's outputs, ``(E,)``.
+        marked: layer -> experts that are outlined, as the super-experts.
+    """
+    usual = float(torch.cat(list(max_abs.values())).median().clamp(min=1e-12))
+    ratios = {layer: values / usual for layer, values in max_abs.items()}
+    top = max(1.05, *(float(r.max()) for r in ratios.values()))
+    figure, bar = _expert_map(ratios, 1.0, top, "cividis", marked or {})
+    figure.axes[0].set_xlabel("expert", fontsize=9)
+    bar.set_label(f"largest activation over the median expert's {usual:.3g}", fontsize=8)
+    return figure
+
+
+def _expert_map(
+    ratios: Mapping[str, Tensor],
+    low: float,
+    top: float,
+    colours: str,
+    marked: Mapping[str, Iterable[int]],
+) -> tuple[Figure, Colorbar]:
+    """Draw factors of layers x experts on a logarithmic scale; layers may differ in experts."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
+    num_experts = max(values.numel() for values in ratios.values())
+    cells = np.full((len(ratios), num_experts), np.nan)
+    for row, values in zip(cells, ratios.values(), strict=True):
+        row[: values.numel()] = values.numpy()
+    figure = _figure(min(14.0, 3.0 + 0.25 * num_experts), 1.4 + 0.3 * len(cells))
     panel = figure.subplots()
-    top = max(1.05, float(np.nanmax(np.where(np.isfinite(ratio), ratio, np.nan))))
-    image = panel.imshow(
-        ratio, aspect="auto", cmap="magma", norm=LogNorm(1.0, top, clip=True), interpolation="none"
-    )
-    names = [layer.removeprefix("model.") for layer in perplexities]
+    norm = LogNorm(low, top, clip=True)
+    image = panel.imshow(cells, aspect="auto", cmap=colours, norm=norm, interpolation="none")
+    for height, layer in enumerate(ratios):
+        for expert in marked.get(layer, ()):
+            corner = (expert - 0.5, height - 0.5)
+            panel.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#2fc6b1", linewidth=1.5))
+    names = [layer.removeprefix("model.") for layer in ratios]
     panel.set_yticks(range(len(names)), names, fontsize=7)
-    panel.set_xlabel("expert that is left out", fontsize=9)
     panel.tick_params(axis="x", labelsize=8)
     bar = figure.colorbar(image, ax=panel, pad=0.02)
-    ticks = np.geomspace(1.0, top, 5)
+    ticks = np.geomspace(low, top, 5)
     bar.set_ticks(ticks.tolist(), labels=[f"x {tick:.3g}" for tick in ticks])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=7)
-    bar.set_label(f"perplexity over {whole:.4g}", fontsize=8)
-    return figure
+    return figure, bar
 
 
 def _draw_curve(panel: Axes, name: str, points: Sequence[Point], whole: float, colour: str) -> None:

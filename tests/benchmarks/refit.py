@@ -19,6 +19,7 @@ from tests.benchmarks import (
     refit_robustness,
     refit_smollm2,
 )
+from tests.benchmarks.models import cache_folder
 from tests.benchmarks.refit_store import Store
 from tests.benchmarks.refit_tables import Tables
 
@@ -34,6 +35,7 @@ NEEDED = {
     "refit_memory": "peak",
 }
 """Tables that are not written before something of this part is measured."""
+VERSION = 2
 RESULTS = Path(__file__).parent / "results"
 
 PARTS: dict[str, Callable[[Store], None]] = {
@@ -52,7 +54,7 @@ PARTS: dict[str, Callable[[Store], None]] = {
 def run() -> str:
     """Measure what is missing, write every table, and return the overview."""
     torch.set_num_threads(1)
-    store = Store()
+    store = _store()
     for part in PARTS.values():
         part(store)
     return render(store)["refit"]
@@ -77,10 +79,14 @@ def render(store: Store) -> dict[str, str]:
     return tables
 
 
+def _store() -> Store:
+    return Store(cache_folder().parent / "bench" / "refit.jsonl", version=VERSION)
+
+
 def main() -> None:
     """Measure the parts named, or all; with ``tables`` only write the tables."""
     torch.set_num_threads(1)
-    store = Store()
+    store = _store()
     for name in sys.argv[1:] or PARTS:
         print(f"== {name}", flush=True)
         if name == "tables":

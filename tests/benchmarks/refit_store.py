@@ -7,11 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.models import cache_folder
-
-VERSION = 2
-"""Raise it when a change of the code makes all earlier cells worthless."""
-
 Result = dict[str, Any]
 
 
@@ -20,16 +15,19 @@ class Store:
 
     Args:
         path: file of JSON lines; made on the first write.
+        version: of the code that is measured; cells of another one do not count. Raise it when a
+            change makes all earlier cells worthless.
         measures: whether cells that are missing may be measured; otherwise they stay missing.
     """
 
-    def __init__(self, path: Path | None = None, *, measures: bool = True) -> None:
-        self.path = path or cache_folder().parent / "bench" / "refit.jsonl"
+    def __init__(self, path: Path, *, version: int = 1, measures: bool = True) -> None:
+        self.path = path
+        self.version = version
         self.measures = measures
         self._cells: dict[str, Result] = {}
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         for record in filter(None, map(_record, lines)):
-            if record["version"] == VERSION:
+            if record["version"] == version:
                 key = _key(record["model"], record["part"], record["settings"])
                 self._cells[key] = record["result"]
 
@@ -47,7 +45,7 @@ class Store:
         if not self.measures or self.get(model, part, **settings) is not None:
             return
         result = work()
-        names = {"version": VERSION, "model": model, "part": part, "settings": settings}
+        names = {"version": self.version, "model": model, "part": part, "settings": settings}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             # The line break comes first, so that a line cut off by a kill spoils only itself.

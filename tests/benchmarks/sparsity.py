@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lit_moe.models import sharing_copy
 from lit_moe.sparsity import SparsityOptions, observe_inputs, sparsify
 from lit_moe.sparsity.layers import matrices_of, thin_layer
 from lit_moe.sparsity.layout import zero_matrices
+from lit_moe.sparsity.patterns import parse_pattern
 from tests.benchmarks.calibration import SHAPES, TOKENS, _inputs, _model, _plain
 from tests.benchmarks.models import cache_folder
 from tests.benchmarks.refit_bench import BLOCK, CALIBRATION, Bench, model_names, timed
@@ -31,6 +32,8 @@ from tests.benchmarks.timing import interleaved, markdown
 METHODS = ("magnitude", "wanda", "moe_pruner", "sparsegpt")
 AMOUNTS = ("0.5", "2:4", "0.6", "0.7", "0.1", "0.2", "0.3", "0.4")
 """The most telling first."""
+DROPPED = ("ean_sum", "reap", "obs")
+"""Criteria by which half of the experts is dropped, to set beside 2:4 (MC-Suite, figure 1)."""
 FEW = 2 * BLOCK
 RESULTS = Path(__file__).parent / "results"
 BATCHES = 1
@@ -59,6 +62,33 @@ def dense(store: Store) -> None:
         for method in METHODS[1:]:
             for amount in ("0.5", "2:4"):
                 _cell(store, bench, method, amount, CALIBRATION, earlier="dense")
+
+
+def controls(store: Store) -> None:
+    """Zeros that are drawn, and half of the experts gone instead of half of the weights."""
+    for bench in map(_bench, model_names()):
+        store.measure(partial(_drawn, bench), bench.name, "random", amount="2:4")
+        for criterion in DROPPED:
+            work = partial(_half_dropped, bench, criterion)
+            store.measure(work, bench.name, "dropped", criterion=criterion)
+
+
+def _drawn(bench: Bench) -> Result:
+    """Lose two drawn weights of every four; one draw per model."""
+    student, adapter = sharing_copy(bench.model), adapter_for(bench.model.config)
+    generator, pattern = torch.Generator().manual_seed(bench.seed), parse_pattern("2:4", None)
+    for site in find_sites(student):
+        weights = adapter.expert_weights(student, site)
+        keep = {
+            name: pattern.keep(torch.rand(weights[name].shape, generator=generator))
+            for name in matrices_of(weights)
+        }
+        zero_matrices(student, adapter, site, keep)
+    return bench.quality(student)
+
+
+def _half_dropped(bench: Bench, criterion: str) -> Result:
+    return bench.quality(bench.dropped(criterion, 0.5))
 
 
 def _cell(store: Store, bench: Bench, method: str, amount: str, tokens: int, **more: Any) -> None:
@@ -161,6 +191,11 @@ def table(store: Store, tokens: int = CALIBRATION, **more: Any) -> str:
             if any(cell != "-" for cell in row):
                 said = amount if ":" in amount else f"{float(amount):.0%}"
                 rows.append([said, method, *row])
+    if tokens == CALIBRATION and not more:
+        rows.append(["2:4", "drawn at random", *_row(store, found, "random", amount="2:4")])
+        for criterion in DROPPED:
+            row = _row(store, found, "dropped", criterion=criterion)
+            rows.append(["half of the experts", criterion, *row])
     heads = [f"{name} ({count_seeds(len(models))})" for name, models in found.items()]
     return markdown(["zeros", "method", *heads], rows)
 
@@ -237,6 +272,7 @@ PARTS: dict[str, Callable[[Store], None]] = {
     "perplexities": perplexities,
     "few_tokens": few_tokens,
     "dense": dense,
+    "controls": controls,
 }
 
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_moe import cli
 from lit_moe.adapters import adapter_for, find_sites
@@ -94,6 +95,18 @@ def test_experts_that_carry_the_model_are_a_table_of_the_report(tmp_path):
     text = (tmp_path / "report.md").read_text().partition("## Super-experts")[2]
     assert f"| `{layer}` | 5 (x 2) |" in text
     assert first not in text
+
+
+def test_the_map_of_single_experts_is_an_image_for_tensorboard(tmp_path):
+    model = tiny_moe("mixtral")
+    found = ablation_map(model, text_for(model))
+    for _ in range(2):  # a second call replaces the events of the first
+        write_ablation(found, "tiny", tmp_path, figures=True)
+    assert (tmp_path / "ablation.png").stat().st_size > 2000
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["images"] == ["ablation"]
 
 
 def test_models_that_need_all_their_experts_and_masked_ones_are_refused():

@@ -126,7 +126,15 @@ def test_what_a_comparison_leaves(words, tmp_path, capsys):
     assert set(report["super_experts"]) == {"extreme_activations", "single_drop"}
     assert len(report["ablation"]["without"]) == 2
     text = (out / "report.md").read_text()
-    for name in ("perplexity", "agreement", "rank_correlation", "expert_load", "ablation"):
+    names = [
+        "perplexity",
+        "agreement",
+        "rank_correlation",
+        "expert_load",
+        "ablation",
+        "largest_activations",
+    ]
+    for name in names:
         assert (out / f"{name}.png").stat().st_size > 5000
         assert f"![{name}]({name}.png)" in text
     signs = "| layer | experts with extreme activations | experts without which"
@@ -137,7 +145,7 @@ def test_what_a_comparison_leaves(words, tmp_path, capsys):
     curve = events.Scalars("lottery/ean")
     assert [event.step for event in curve] == [0, 25, 50]
     assert curve[2].value == pytest.approx(best["perplexity"]["0.5"]["mean"], rel=1e-5)
-    assert "perplexity" in events.Tags()["images"]
+    assert set(names) == set(events.Tags()["images"])
 
 
 def test_the_status_says_that_cells_failed(words, capsys):

@@ -10,6 +10,7 @@ from lit_moe.errors import LitMoEError
 from lit_moe.report.comparison import (
     Point,
     ablation_figure,
+    activation_figure,
     agreement_figure,
     load_figure,
     perplexity_curves,
@@ -105,6 +106,19 @@ def test_figures_stand_alone(tmp_path):
         "load": load_figure(loads, loads),
         "ablation": ablation_figure({"a": torch.tensor([10.0, 30.0, float("inf")])}, 10.0),
     }
+    figures["outlined"] = ablation_figure({"a": torch.tensor([10.0, 30.0])}, 10.0, {"a": [1]})
+    loud = {"a": torch.tensor([1.0, 2.0, 50.0]), "b": torch.tensor([2.0, 2.0])}
+    figures["activations"] = activation_figure(loud, {"a": [2]})
+    assert [len(figures[n].axes[0].patches) for n in ("outlined", "ablation", "activations")] == [
+        1,
+        0,
+        1,
+    ]
+    (image,) = figures["activations"].axes[0].get_images()
+    assert np.ma.filled(np.ma.asarray(image.get_array()), 0).tolist() == [
+        [0.5, 1.0, 25.0],
+        [1.0, 1.0, 0.0],
+    ]
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 2000

@@ -178,7 +178,7 @@ def test_a_dead_rank_takes_the_others_down(restless, chapters, tmp_path, victim,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_killed_before_anything_was_saved(uninterrupted, restless, chapters, tmp_path, strategy):
     options = (f"--trainer.strategy={strategy}", "--ckpt_path=last")
     process = start(*command(tmp_path, restless, chapters, *options))

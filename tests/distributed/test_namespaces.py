@@ -45,7 +45,6 @@ def test_torchrun_sh_on_two_hosts(hosts, one, checkpoint, pages, tmp_path):
     agrees(tmp_path, one)
 
 
-@pytest.mark.slow
 def test_deepspeed_sh_on_two_hosts_without_ssh(hosts, one, checkpoint, pages, tmp_path):
     config = write_config(tmp_path, checkpoint, pages, stage=2)
     hostfile = tmp_path / "hostfile"
@@ -55,7 +54,6 @@ def test_deepspeed_sh_on_two_hosts_without_ssh(hosts, one, checkpoint, pages, tm
     agrees(tmp_path, one)
 
 
-@pytest.mark.slow
 def test_plain_variables_on_two_hosts(hosts, one, checkpoint, pages, tmp_path):
     config = write_config(tmp_path, checkpoint, pages, stage=2)
     words = [f"--config={config}", "--trainer.num_nodes=2", "--trainer.devices=1"]
