@@ -19,6 +19,7 @@ from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import ReportWriter, report_writer
 from lit_moe.errors import LitMoEError, PlanError
 from lit_moe.grouping import (
+    Align,
     Coefficients,
     Decision,
     LearnOptions,
@@ -57,13 +58,16 @@ class ExpertMerging(Callback):
         keep_ratio: experts that there will be over those that there are, in (0, 1).
         groups: instead: experts that each layer will have.
         router: ``merge`` router rows with the same coefficients, or ``keep`` one of each group.
-        align: bring the neurons of a group into one order before they are averaged.
+        align: bring the neurons of a group into one order before they are averaged, by ``weights``
+            (or true) or by their ``activations`` on the calibration text.
         segments: DERN instead of averages; then only ``router`` and the amount count.
         protect: layers (``model.layers.0.*``) and experts (``model.layers.3.mlp:1,5``) that stay.
-        max_tokens: of the calibration text that the outputs of all experts are compared on.
-        memory_gib: for those outputs.
+        max_tokens: of the calibration text that the model reads to compare outputs of all experts.
+        effort: calls of experts for that, in multiples of what a plain forward makes; where all
+            experts would be more, they see a part of the tokens. null: all.
+        memory_gib: for the comparison, beside the model and one batch's forward.
         learn: options of ``coefficients: learned``.
-        plan: a merge plan to replay, with ``align``; then nothing else counts.
+        plan: a merge plan to replay, with ``align`` by weights; then nothing else counts.
     """
 
     def __init__(
@@ -74,10 +78,11 @@ class ExpertMerging(Callback):
         keep_ratio: float | None = None,
         groups: int | None = None,
         router: Router = "merge",
-        align: bool = False,
+        align: Align = False,
         segments: SegmentOptions | None = None,
         protect: list[str] | None = None,
         max_tokens: int = 2048,
+        effort: float | None = 3.0,
         memory_gib: float = 2.0,
         learn: LearnOptions | None = None,
         plan: str | None = None,
@@ -93,9 +98,15 @@ class ExpertMerging(Callback):
             align=align,
             segments=segments,
             max_tokens=max_tokens,
+            effort=effort,
             memory_gib=memory_gib,
             learn=learn,
         )
+        if plan is not None and align == "activations":
+            raise LitMoEError(
+                "a replayed plan reads no text, so that neurons cannot be aligned by activations; "
+                "take align: weights"
+            )
 
     def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
         """Before the model is built. Refuses a second plan."""
@@ -194,13 +205,15 @@ class ExpertMerging(Callback):
         rows: list[dict[str, Tensor]],
     ) -> Decision:
         if self.plan_file is not None:
-            return Decision(self.plan_file, align=self.options.align)
+            return Decision(self.plan_file, align=bool(self.options.align))
         protected = parse_protection(self.protect, sites)
         decision = decide(module.built_model, counts, rows, self.options, protected=protected)
         source = None if module.architecture is not None else module.model_name_or_path
         plan = decision.plan.made_for(family=module.built_model.config.model_type, source=source)
         agreed = MergePlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))
-        return replace(decision, plan=agreed)
+        orders = {k: v.tolist() for k, v in decision.orders.items()}
+        agreed_orders = trainer.strategy.broadcast(orders).items()
+        return replace(decision, plan=agreed, orders={k: torch.tensor(v) for k, v in agreed_orders})
 
     def _record(
         self, trainer: Trainer, module: MoEModule, decision: Decision, moved: int | None

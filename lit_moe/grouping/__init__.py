@@ -9,6 +9,7 @@ from lit_moe.grouping.api import report_of as report_of
 from lit_moe.grouping.coefficients import Coefficients as Coefficients
 from lit_moe.grouping.coefficients import Router as Router
 from lit_moe.grouping.learned import LearnOptions as LearnOptions
+from lit_moe.grouping.options import Align as Align
 from lit_moe.grouping.options import MergeOptions as MergeOptions
 from lit_moe.grouping.partition import Partition as Partition
 from lit_moe.grouping.partition import partition as partition

@@ -24,7 +24,9 @@ NEURON_DIM = {"gate": 1, "up": 1, "down": 2, "gate_bias": 1, "up_bias": 1}
 
 
 @torch.no_grad()
-def align_(model: PreTrainedModel, plan: MergePlan) -> int:
+def align_(
+    model: PreTrainedModel, plan: MergePlan, orders: Mapping[str, Tensor] | None = None
+) -> int:
     """Reorder, in place, the neurons of experts that will be averaged; return how many moved.
 
     Each follows the member of its group with the largest coefficient. What the model computes
@@ -33,6 +35,9 @@ def align_(model: PreTrainedModel, plan: MergePlan) -> int:
     Args:
         model: not yet merged.
         plan: says which experts belong together.
+        orders: layer name -> ``(E, I)``, see
+            :func:`lit_moe.grouping.activations.orders_by_activations`; None: by
+            weights, see :func:`matching`.
 
     Raises:
         UnsupportedModelError: for experts whose neurons have fixed places.
@@ -46,7 +51,10 @@ def align_(model: PreTrainedModel, plan: MergePlan) -> int:
         groups = plan.members(site.name)
         for leader, members in zip(leaders_of(plan.experts[site.name]), groups, strict=True):
             for expert in members:
-                order = matching(weights, leader, expert)
+                if orders is None:
+                    order = matching(weights, leader, expert)
+                else:
+                    order = orders[site.name][expert].to(weights["up"].device)
                 moved += int((order != torch.arange(len(order), device=order.device)).sum())
                 for name, tensor in aligned.items():
                     dim = NEURON_DIM[name] - 1

@@ -6,7 +6,7 @@ E experts, N groups, T tokens, H hidden.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,11 +16,19 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import MoESite, adapter_for, find_sites
 from lit_moe.criteria import score
 from lit_moe.errors import LitMoEError, NoEffectWarning
+from lit_moe.grouping.activations import orders_by_activations
 from lit_moe.grouping.align import align_, check_can_be_aligned
 from lit_moe.grouping.coefficients import strongest_map, weighted_map
-from lit_moe.grouping.inputs import Batch, check_can_be_asked, expert_inputs, outputs_of
+from lit_moe.grouping.inputs import (
+    Batch,
+    check_can_be_asked,
+    count_inputs,
+    expert_inputs,
+    outputs_of,
+)
 from lit_moe.grouping.learned import LearnOptions, learn_coefficients
 from lit_moe.grouping.likeness import OutputSums, observe_outputs
+from lit_moe.grouping.memory import Blocks, blocks_for
 from lit_moe.grouping.options import MergeOptions
 from lit_moe.grouping.partition import Groups, partition_layer
 from lit_moe.grouping.report import LayerMerge, MergeReport
@@ -44,6 +52,8 @@ class Decision:
         rebuilt: layer name -> experts that DERN made; empty otherwise.
         tokens: that were compared on.
         align: whether neurons are brought into one order before.
+        orders: layer name -> ``(E, I)``, what comes to the places of each expert's neurons; empty
+            if weights decide.
     """
 
     plan: MergePlan
@@ -51,6 +61,7 @@ class Decision:
     rebuilt: Mapping[str, Rebuilt] = field(default_factory=dict)
     tokens: int = 0
     align: bool = False
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -101,7 +112,7 @@ def decide(
 
 def apply(model: PreTrainedModel, decision: Decision) -> int | None:
     """Merge, in place; return how many neurons alignment moved, None without it."""
-    moved = align_(model, decision.plan) if decision.align else None
+    moved = align_(model, decision.plan, decision.orders or None) if decision.align else None
     merge(model, decision.plan)
     adapter = adapter_for(model.config)
     for site in find_sites(model):
@@ -146,6 +157,8 @@ def _decide_groups(
 ) -> Decision:
     if options.align:
         check_can_be_aligned(model)
+    if options.align == "activations":
+        check_can_be_asked(model, sites)
     similarity, seen, tokens = _similarities(model, sites, rows, options)
     weights = _weights(sites, seen, options)
     groups: dict[str, Groups] = {
@@ -169,7 +182,12 @@ def _decide_groups(
         maps = {layer: chosen(groups[layer], weights[layer]) for layer in groups}
     routers = maps if options.router == "merge" else _strongest_rows(groups, maps)
     plan = MergePlan(maps, routers, model.config.model_type)
-    return Decision(plan, similarity, tokens=tokens, align=options.align)
+    orders = {}
+    if options.align == "activations":
+        for site, hidden_TH in _all_inputs(model, sites, rows, options):
+            orders[site.name] = orders_by_activations(model, site, plan, hidden_TH)
+            tokens = max(tokens, len(hidden_TH))
+    return Decision(plan, similarity, tokens=tokens, align=bool(options.align), orders=orders)
 
 
 def _decide_segments(
@@ -226,45 +244,66 @@ def _similarities(
     if "routing" in options.needs:
         pairs = ["pairs"] if "routing" in similarity.needs else []
         seen = observe(model, rows, gather=pairs)  # type: ignore[arg-type]
-    outputs: dict[str, OutputSums] = {}
     if "outputs" in similarity.needs:
         outputs = _all_outputs(model, sites, rows, options)
-    adapter = adapter_for(model.config)
-    found = {}
-    for site in sites:
+    else:
+        outputs = ((site, None) for site in sites)
+    adapter, found, tokens = adapter_for(model.config), {}, 0 if seen is None else seen.tokens
+    for site, sums in outputs:
         evidence = LayerEvidence(
             adapter.expert_weights(model, site),
             adapter.router_weight(model, site),
-            outputs.get(site.name),
+            sums,
             None if seen is None else seen.layers[site.name],
+            options.memory_gib,
         )
         found[site.name] = similarity.of(evidence)
-    tokens = max((int(sums.tokens) for sums in outputs.values()), default=0)
-    return found, seen, max(tokens, 0 if seen is None else seen.tokens)
+        tokens = max(tokens, 0 if sums is None else int(sums.tokens))
+    return found, seen, tokens
 
 
 def _all_outputs(
     model: PreTrainedModel, sites: Sequence[MoESite], rows: list[Batch], options: MergeOptions
-) -> dict[str, OutputSums]:
-    """Return layer -> sums; as many layers per run of the model as half of the memory holds twice.
+) -> Iterator[tuple[MoESite, OutputSums | None]]:
+    """Yield the sums of one layer after the other."""
+    blocks = _blocks(model, sites, rows, options)
+    for site, hidden_TH in _all_inputs(model, sites, rows, options):
+        sums = observe_outputs(
+            hidden_TH,
+            lambda hidden_TH, s=site: outputs_of(model, s, hidden_TH),  # type: ignore[misc]
+            num_experts=site.num_experts,
+            blocks=blocks,
+            kernels="kernels" in options.needs,
+            cosines="cosines" in options.needs,
+        )
+        yield site, sums
 
-    Hidden states are there as rows and, for a moment, in one piece.
-    """
-    hidden = adapter_for(model.config).router_weight(model, sites[0])
-    room = options.memory_gib * 2**28 / (hidden.shape[1] * 4 * options.max_tokens)
-    at_once, found = max(1, int(room)), {}
+
+def _all_inputs(
+    model: PreTrainedModel, sites: Sequence[MoESite], rows: list[Batch], options: MergeOptions
+) -> Iterator[tuple[MoESite, Tensor]]:
+    """Yield what one layer after the other is fed; as many per run of the model as memory holds."""
+    at_once, share = _blocks(model, sites, rows, options).layers, _share(sites, options)
     for start in range(0, len(sites), at_once):
         some = sites[start : start + at_once]
-        inputs = expert_inputs(model, some, rows, max_tokens=options.max_tokens)
+        inputs = expert_inputs(model, some, rows, max_tokens=options.max_tokens, share=share)
         for site in some:
-            found[site.name] = observe_outputs(
-                inputs.pop(site.name),
-                lambda hidden_TH, s=site: outputs_of(model, s, hidden_TH),  # type: ignore[misc]
-                num_experts=site.num_experts,
-                memory_gib=options.memory_gib / 2,
-                kernels="kernels" in options.needs,
-            )
-    return found
+            yield site, inputs.pop(site.name)
+
+
+def _blocks(
+    model: PreTrainedModel, sites: Sequence[MoESite], rows: list[Batch], options: MergeOptions
+) -> Blocks:
+    share = _share(sites, options)
+    num_tokens = count_inputs(rows, max_tokens=options.max_tokens, share=share)
+    return blocks_for(model, sites, num_tokens, options.memory_gib)
+
+
+def _share(sites: Sequence[MoESite], options: MergeOptions) -> float:
+    """Return the part of the tokens that all experts may be asked about."""
+    if options.effort is None:
+        return 1.0
+    return min(1.0, *(options.effort * site.top_k / site.num_experts for site in sites))
 
 
 def _weights(

@@ -5,6 +5,7 @@ T tokens, E experts, H hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -38,18 +39,25 @@ def check_can_be_asked(model: PreTrainedModel, sites: Sequence[MoESite]) -> None
 
 
 def expert_inputs(
-    model: PreTrainedModel, sites: Sequence[MoESite], batches: Iterable[Batch], *, max_tokens: int
+    model: PreTrainedModel,
+    sites: Sequence[MoESite],
+    batches: Iterable[Batch],
+    *,
+    max_tokens: int,
+    share: float = 1.0,
 ) -> dict[str, Tensor]:
     """Return layer name -> hidden states that its experts are fed, shape ``(T, H)``.
 
     Collective: the rows of all ranks, in the order in which they were dealt, so that every rank
-    gets what one process would. Padding is left out. Holds layers x T x H numbers.
+    gets what one process would. Padding is left out. Holds layers x T x H numbers, those of one
+    layer twice for a moment.
 
     Args:
         model: runs on its own device, as it is.
         sites: the layers to look at.
         batches: this rank's rows, every ``world_size``-th.
         max_tokens: of all ranks, rounded up to whole rows.
+        share: of the tokens of each row that are kept, drawn at random but always the same.
 
     Raises:
         CalibrationError: if there is no row, or hidden states are not finite.
@@ -58,12 +66,28 @@ def expert_inputs(
     mask, accepted = _RowMask(), body_inputs(model)
     with evaluating(model), ExitStack() as stack:
         for site in sites:
-            stack.callback(_record(model, site, rows[site.name], mask))
+            stack.callback(_record(model, site, rows[site.name], mask, share))
         for batch in first_rows(batches, max_tokens):
             inputs = {k: v.to(model.device) for k, v in batch.items() if k in accepted}
             mask.set(inputs)
             run_body(model, inputs)
-    return {name: _together(name, found, model.device) for name, found in rows.items()}
+    return {site.name: _together(site.name, rows.pop(site.name), model.device) for site in sites}
+
+
+def count_inputs(batches: Iterable[Batch], *, max_tokens: int, share: float) -> int:
+    """Return how many tokens :func:`expert_inputs` keeps of each layer, padding included.
+
+    Collective.
+    """
+    count = 0
+    for batch in first_rows(batches, max_tokens):
+        num_rows, length = next(iter(batch.values())).shape[:2]
+        count += num_rows * math.ceil(share * length)
+    counts: list[Any] = [count]
+    if dist.is_available() and dist.is_initialized():
+        counts = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, count)
+    return sum(counts)
 
 
 def first_rows(batches: Iterable[Batch], max_tokens: int) -> Iterator[dict[str, Tensor]]:
@@ -71,11 +95,7 @@ def first_rows(batches: Iterable[Batch], max_tokens: int) -> Iterator[dict[str, 
 
     Row ``i`` of rank ``r`` of ``w`` is row ``i w + r`` of all.
     """
-    rank, world_size = (
-        (dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_initialized()
-        else (0, 1)
-    )
+    rank, world_size = _rank_and_world_size()
     seen = 0
     for batch in batches:
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
@@ -98,8 +118,12 @@ def outputs_of(model: PreTrainedModel, site: MoESite, hidden_TH: Tensor) -> Tens
     weights = torch.zeros(len(hidden_TH), slots, dtype=hidden_TH.dtype, device=hidden_TH.device)
     weights[:, 0] = 1
     ids = torch.zeros(weights.shape, dtype=torch.long, device=hidden_TH.device)
-    found = [experts.forward(hidden_TH, ids + e, weights) for e in range(site.num_experts)]
-    return torch.stack([output.reshape(len(hidden_TH), -1).float() for output in found])
+    outputs_ETH = hidden_TH.new_empty(site.num_experts, *hidden_TH.shape, dtype=torch.float32)
+    for expert in range(site.num_experts):
+        output = experts.forward(hidden_TH, ids + expert, weights)
+        outputs_ETH[expert] = output.reshape(len(hidden_TH), -1)
+        del output
+    return outputs_ETH
 
 
 class _RowMask(TokenMask):
@@ -113,8 +137,11 @@ class _RowMask(TokenMask):
         self.num_rows = len(next(iter(batch.values())))
 
 
-def _record(model: PreTrainedModel, site: MoESite, rows: list[Tensor], mask: _RowMask) -> Any:
+def _record(
+    model: PreTrainedModel, site: MoESite, rows: list[Tensor], mask: _RowMask, share: float
+) -> Any:
     """Append the hidden states of each row whenever the experts of a layer are called."""
+    rank, world_size = _rank_and_world_size()
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -123,10 +150,25 @@ def _record(model: PreTrainedModel, site: MoESite, rows: list[Tensor], mask: _Ro
         lengths = _row_lengths(counted, mask.num_rows, len(hidden_TH))
         if counted is not None:
             hidden_TH = hidden_TH[counted]
-        rows.extend(hidden_TH.split(lengths))
+        for row in hidden_TH.split(lengths):
+            rows.append(row if share == 1 else _drawn(row, share, len(rows) * world_size + rank))
 
     experts = model.get_submodule(site.experts)
     return experts.register_forward_pre_hook(record, with_kwargs=True).remove
+
+
+def _drawn(row_TH: Tensor, share: float, seed: int) -> Tensor:
+    """Return a share of the tokens of one row, in their order."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = math.ceil(share * len(row_TH))
+    chosen = torch.randperm(len(row_TH), generator=generator)[:kept].sort().values
+    return row_TH[chosen.to(row_TH.device)]
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def _row_lengths(counted: Tensor | None, num_rows: int, num_tokens: int) -> list[int]:

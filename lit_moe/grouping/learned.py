@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lit_moe.criteria.replay import BlockCall, capture_calls
 from lit_moe.errors import LitMoEError, UnsupportedModelError
 from lit_moe.grouping.coefficients import weighted_map
 from lit_moe.grouping.inputs import Batch, first_rows
+from lit_moe.grouping.mixed_text import mixed, pairs_of
 from lit_moe.grouping.partition import Groups
 from lit_moe.inference import evaluating
 from lit_moe.merge_plan import MergePlan
@@ -39,14 +41,25 @@ class LearnOptions:
         momentum: of SGD.
         epochs: at most; each is one step over all rows.
         patience: epochs without a better loss on the judged rows, after which it stops.
+        mixed_rows: rows of mixed text per fitted row, see
+            :func:`lit_moe.grouping.mixed_text.pairs_of`; the judged rows stay pure.
+        mixing: concentration of the Beta distribution of the share of each row; the smaller, the
+            purer. Read only where there are mixed rows.
     """
 
     learning_rate: float = 3.0
     momentum: float = 0.9
     epochs: int = 50
     patience: int = 5
+    mixed_rows: int = 0
+    mixing: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.mixed_rows < 0 or self.mixing <= 0:
+            raise LitMoEError(
+                f"learned coefficients: mixed_rows={self.mixed_rows} must be 0 or more and "
+                f"mixing={self.mixing:g} positive"
+            )
         for name in ("learning_rate", "epochs", "patience"):
             if getattr(self, name) <= 0:
                 raise LitMoEError(f"learned coefficients: {name} must be positive")
@@ -91,14 +104,18 @@ def learn_coefficients(
         for i in range(len(next(iter(batch.values()))))
     ]
     _check_rows(len(rows), model.device)
-    calls = capture_calls(model, sites, rows)
+    num_rows, pairs = len(rows), []
+    if options.mixed_rows:
+        per_row, mixing = options.mixed_rows, options.mixing
+        pairs = pairs_of(rows, per_row=per_row, mixing=mixing, judged=_JUDGED)
+    calls = capture_calls(model, sites, chain(rows, mixed(model, pairs)))
     uniform = {k: weighted_map(g, torch.ones(sum(map(len, g)))) for k, g in groups.items()}
     merged = sharing_copy(model)
     merge(merged, MergePlan(uniform, uniform))
     found = {}
     with evaluating(model), evaluating(merged):
         for site in sites:
-            layer = _Layer(model, merged, site, calls.pop(site.name))
+            layer = _Layer(model, merged, site, calls.pop(site.name), num_rows)
             found[site.name] = _descend(layer, uniform[site.name], options)
     return found
 
@@ -107,7 +124,12 @@ class _Layer:
     """The squared error of one merged block as a function of its coefficients."""
 
     def __init__(
-        self, model: PreTrainedModel, merged: PreTrainedModel, site: MoESite, calls: list[BlockCall]
+        self,
+        model: PreTrainedModel,
+        merged: PreTrainedModel,
+        site: MoESite,
+        calls: list[BlockCall],
+        num_rows: int,
     ) -> None:
         block = model.get_submodule(site.name)
         self._block = merged.get_submodule(site.name)
@@ -115,7 +137,9 @@ class _Layer:
         self._old = {k: _tensor(model, axis.name).detach() for k, axis in self._axes.items()}
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         rank = dist.get_rank() if world > 1 else 0
-        judged = [(i * world + rank) % _JUDGED == _JUDGED - 1 for i in range(len(calls))]
+        judged = [
+            i < num_rows and (i * world + rank) % _JUDGED == _JUDGED - 1 for i in range(len(calls))
+        ]
         self._rows: dict[bool, list[tuple[BlockCall, Tensor]]] = {True: [], False: []}
         for call, is_judged in zip(calls, judged, strict=True):
             self._rows[is_judged].append((call, call.run(block)))

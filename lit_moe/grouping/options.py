@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from lit_moe.errors import LitMoEError
 from lit_moe.grouping.coefficients import Coefficients, Router
@@ -11,6 +11,8 @@ from lit_moe.grouping.learned import LearnOptions
 from lit_moe.grouping.partition import Partition
 from lit_moe.grouping.segments import SegmentOptions
 from lit_moe.grouping.similarity import Need, get_similarity
+
+Align = bool | Literal["weights", "activations"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,18 @@ class MergeOptions:
             (``max_visited``); ``learned``.
         router: ``merge``: router rows with the same coefficients; ``keep``: the row of the member
             with the largest one.
-        align: bring neurons of one group into one order before they are averaged.
+        align: bring neurons of one group into one order before they are averaged: by what they read
+            and write (``weights``, or True), or by what they do on the text (``activations``).
         segments: if given, experts are not averaged: the ones with the largest gates stay and take
             over segments of the others (DERN); similarity, partition and coefficients do not count.
-        max_tokens: on which the outputs of all experts are compared, and coefficients learned.
-        memory_gib: for those outputs and the hidden states before them. Less of it compares fewer
-            tokens at a time, which also makes ``cka`` cheaper and a little coarser.
+        max_tokens: that the model reads to compare the outputs of all experts, and to learn
+            coefficients.
+        effort: calls of experts for those outputs, in multiples of what a plain forward of these
+            tokens makes. Where asking all experts about each token would be more (by E / top-k),
+            they are asked about a random part of the tokens of each row; ``cka`` says how much
+            coarser that is. None: about each token.
+        memory_gib: for those outputs and the hidden states before them, and for surrogates, beside
+            the model and the forward of one batch. Less of it takes more steps for the same result.
         learn: options of ``coefficients: learned``.
 
     Raises:
@@ -41,9 +49,10 @@ class MergeOptions:
     partition: Partition = "auto"
     coefficients: Coefficients = "uniform"
     router: Router = "merge"
-    align: bool = False
+    align: Align = False
     segments: SegmentOptions | None = None
     max_tokens: int = 2048
+    effort: float | None = 3.0
     memory_gib: float = 2.0
     learn: LearnOptions | None = None
 
@@ -55,9 +64,14 @@ class MergeOptions:
             if value not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise LitMoEError(f"{name}={value!r} is unknown; there are {known}")
-        for name in ("max_tokens", "memory_gib"):
-            if getattr(self, name) <= 0:
-                raise LitMoEError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("max_tokens", "effort", "memory_gib"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise LitMoEError(f"{name}={value} must be positive")
+        if self.align not in (True, False, "weights", "activations"):
+            raise LitMoEError(
+                f"align={self.align!r} is unknown; there are true, false, weights, activations"
+            )
         if self.partition == "centroids" and self.coefficients in ("uniform", "learned"):
             raise LitMoEError(
                 "partition='centroids' gathers around the experts that matter most, but "
@@ -82,4 +96,6 @@ class MergeOptions:
     @property
     def needs_text(self) -> bool:
         """Whether the model has to run."""
-        return bool(self.needs) or (self.coefficients == "learned" and self.segments is None)
+        if self.segments is not None:
+            return True
+        return bool(self.needs) or self.coefficients == "learned" or self.align == "activations"

@@ -18,8 +18,7 @@ from lit_moe.grouping.likeness import OutputSums
 from lit_moe.stats.matrices import at_least_float32, cosines, gram_of_experts, matrices_of
 from lit_moe.stats.observation import LayerStats
 
-Need = Literal["outputs", "kernels", "routing"]
-_NUMBERS = 1 << 24  # of the surrogates of all experts that are held at a time
+Need = Literal["outputs", "kernels", "cosines", "routing"]
 
 
 @dataclass(frozen=True)
@@ -31,19 +30,21 @@ class LayerEvidence:
         router: router rows, shape ``(E, H)``.
         outputs: sums of all experts' outputs on the same tokens; None if not asked for.
         stats: what routing sent to each expert, with ``pair_count``; None if not asked for.
+        memory_gib: that the similarity may take.
     """
 
     weights: Mapping[str, Tensor]
     router: Tensor
     outputs: OutputSums | None = None
     stats: LayerStats | None = None
+    memory_gib: float = 2.0
 
 
 class Similarity(ABC):
     """Rates pairs of experts; higher = more alike. Scale and offset do not matter.
 
     ``needs`` says what has to be gathered: all experts' ``outputs`` on the same tokens (and their
-    ``kernels``), or what ``routing`` does.
+    ``kernels`` or ``cosines``), or what ``routing`` does.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -89,6 +90,9 @@ def available() -> tuple[str, ...]:
 class CKA(Similarity):
     """Linear centred kernel alignment of outputs on the same tokens, in [0, 1]; arXiv 2407.09590.
 
+    Estimated without bias, see :func:`lit_moe.grouping.likeness.kernel_alignment`. Root mean square
+    errors on three models against the exact value on 16,384 tokens (mean .12 to .16, spread over
+    pairs .02 to .03): .006 to .010 on 2,048 tokens, .010 to .015 on 768, .016 to .021 on 384.
     Blind to rotation and scale of the outputs, so that two alike experts need not average well.
     """
 
@@ -103,7 +107,7 @@ class CKA(Similarity):
 class OutputCosine(Similarity):
     """Mean over tokens of the cosine between two experts' outputs, in [-1, 1]."""
 
-    needs = frozenset({"outputs"})
+    needs = frozenset({"outputs", "cosines"})
 
     def of(self, evidence: LayerEvidence) -> Tensor:
         """Return the mean cosines, see the base class."""
@@ -119,7 +123,7 @@ class MeanOutput(Similarity):
     def of(self, evidence: LayerEvidence) -> Tensor:
         """Return the negative distances, see the base class."""
         mean_EH = _outputs(evidence, self.name).mean_output
-        return -(mean_EH[:, None] - mean_EH[None]).norm(dim=2)
+        return -torch.cdist(mean_EH, mean_EH, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 @register("weights")
@@ -142,15 +146,15 @@ class Surrogate(Similarity):
 
     def of(self, evidence: LayerEvidence) -> Tensor:
         """Return the negative distances, see the base class."""
-        weights = evidence.weights
-        up_EIH = at_least_float32(weights["up"])
-        inner_EIH = up_EIH * at_least_float32(weights["gate"]) if "gate" in weights else up_EIH
-        num_experts, hidden = weights["down"].shape[:2]
+        up_EIH, down_EHI = evidence.weights["up"], evidence.weights["down"]
+        num_experts, _, hidden = up_EIH.shape
         gram = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=up_EIH.device)
-        for down_ERI in weights["down"].split(max(1, _NUMBERS // inner_EIH.numel()), dim=1):
-            flat = torch.bmm(at_least_float32(down_ERI), inner_EIH).flatten(1)
+        for columns in torch.arange(hidden).split(_surrogate_columns(evidence)):
+            block_EHC = _surrogate_block(evidence.weights, slice(columns[0], columns[-1] + 1))
+            flat = block_EHC.flatten(1)
             gram += (flat @ flat.T).double()
-        return _minus_squares(gram) / (hidden * inner_EIH.shape[2])
+            del block_EHC, flat
+        return _minus_squares(gram) / (down_EHI.shape[1] * hidden)
 
 
 @register("router")
@@ -183,11 +187,47 @@ class Coactivation(Similarity):
 class OutputAndRouter(Similarity):
     """Mean of the cosines of outputs and of router rows: alike in what they do and when."""
 
-    needs = frozenset({"outputs"})
+    needs = frozenset({"outputs", "cosines"})
 
     def of(self, evidence: LayerEvidence) -> Tensor:
         """Return the means, see the base class."""
         return (OutputCosine().of(evidence) + RouterCosine().of(evidence)) / 2
+
+
+def _surrogate_columns(evidence: LayerEvidence) -> int:
+    """Return how many columns of the surrogates of all experts the budget holds.
+
+    Beside them, copies of one expert's matrices may be needed.
+
+    Raises:
+        LitMoEError: if it holds none, naming what it takes.
+    """
+    num_experts, width, hidden = evidence.weights["up"].shape
+    each = 8 if evidence.weights["up"].dtype == torch.float64 else 4
+    column, copies = each * (num_experts * hidden + hidden + 3 * width), each * 2 * width * hidden
+    fixed = copies + 40 * num_experts**2
+    if evidence.memory_gib * 2**30 < fixed + column:
+        raise LitMoEError(
+            f"memory_gib={evidence.memory_gib:g} does not hold the surrogates of {num_experts} "
+            f"experts, not even one column of each; give at least {(fixed + column) / 2**30:.3g}"
+        )
+    return min(hidden, int((evidence.memory_gib * 2**30 - fixed) / column))
+
+
+def _surrogate_block(weights: Mapping[str, Tensor], columns: slice) -> Tensor:
+    """Return some columns C of each expert's surrogate, shape ``(E, H, C)``."""
+    down_EHI = weights["down"]
+    block_EHC: Tensor | None = None
+    for expert, down_HI in enumerate(down_EHI):
+        inner_IC = at_least_float32(weights["up"][expert][:, columns])
+        if "gate" in weights:
+            inner_IC = inner_IC * at_least_float32(weights["gate"][expert][:, columns])
+        product_HC = at_least_float32(down_HI) @ inner_IC
+        if block_EHC is None:
+            block_EHC = product_HC.new_empty(len(down_EHI), *product_HC.shape)
+        block_EHC[expert] = product_HC
+    assert block_EHC is not None
+    return block_EHC
 
 
 def _minus_squares(gram_EE: Tensor) -> Tensor:

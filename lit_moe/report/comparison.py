@@ -160,7 +160,7 @@ def activation_figure(
     top = max(1.05, *(float(r.max()) for r in ratios.values()))
     figure, bar = _expert_map(ratios, 1.0, top, "cividis", marked or {})
     figure.axes[0].set_xlabel("expert", fontsize=9)
-    bar.set_label(f"largest activation over the median expert's {usual:.3g}", fontsize=8)
+    bar.set_label(f"largest activation\nover the usual {usual:.3g}", fontsize=8)
     return figure
 
 

@@ -1,27 +1,32 @@
 """Merging against dropping, before and after the closed-form refit; resumable cell by cell.
 
-``python -m tests.benchmarks merging`` goes through all models that are there; ``python -m
-tests.benchmarks.merging MODEL ...`` measures only these. Text, tokens and clocks are those of the
-refit's benchmark.
+``python -m tests.benchmarks merging`` goes through all models that are there, also upcycled ones
+(``python -m tests.benchmarks.upcycling``); ``python -m tests.benchmarks.merging MODEL ...``
+measures only these. Text, tokens and clocks are those of the refit's benchmark.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import product
 from statistics import mean
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import lit_moe
-from lit_moe.adapters import find_sites
-from lit_moe.grouping import MergeOptions, SegmentOptions, apply, decide
+from lit_moe.adapters import adapter_for, find_sites
+from lit_moe.grouping import LearnOptions, MergeOptions, SegmentOptions, apply, decide
 from lit_moe.models import sharing_copy
-from tests.benchmarks.models import cache_folder
+from lit_moe.stats.matrices import cosines, gram_of_experts
+from tests.benchmarks.models import SEEDS, cache_folder, model_folder
 from tests.benchmarks.refit_bench import Bench, model_names, timed
 from tests.benchmarks.refit_store import Result, Store
+from tests.benchmarks.upcycling import UPCYCLED
 
 STORE = cache_folder().parent / "bench" / "merging.jsonl"
 RATIOS = (0.75, 0.5)
@@ -54,11 +59,20 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "cka, most visited only": {"coefficients": "max_visited"},
     "cka, by frequency": {"coefficients": "frequency"},
     "cka, learned": {"coefficients": "learned"},
+    "cka, learned on 512 tokens": {"coefficients": "learned", "max_tokens": 512},
+    "cka, learned on 512 tokens and mixtures": {
+        "coefficients": "learned",
+        "max_tokens": 512,
+        "learn": LearnOptions(mixed_rows=4),
+    },
     "cka, aligned": {"align": True},
+    "cka, aligned by activations": {"align": "activations"},
     "cka, router rows of one member": {"router": "keep"},
     "surrogate, router rows of one member": {"similarity": "surrogate", "router": "keep"},
     "hc_smoe, router rows of one member": {**RECIPES["hc_smoe"], "router": "keep"},
     "hc_smoe, aligned": {**RECIPES["hc_smoe"], "align": True},
+    "hc_smoe, aligned by activations": {**RECIPES["hc_smoe"], "align": "activations"},
+    "m_smoe, aligned by activations": {**RECIPES["m_smoe"], "align": "activations"},
     "m_smoe, not aligned": {**RECIPES["m_smoe"], "align": False},
     "ream, not aligned": {**RECIPES["ream"], "align": False},
     "ream, router rows of one member": {**RECIPES["ream"], "router": "keep"},
@@ -69,20 +83,27 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def run() -> str:
-    measure(model_names())
-    return "\n\n".join((table(), ablations()))
+    measure(names())
+    return "\n\n".join((table(), ablations(), likeness()))
 
 
-def measure(names: Iterable[str]) -> None:
-    """Fill the store; cells that are there are not measured again."""
-    store, benches = Store(STORE), [Bench(name) for name in names]
+def names() -> list[str]:
+    """Return the models that are there, upcycled ones last."""
+    upcycled = [f"{UPCYCLED}-seed{seed}" for seed in SEEDS if model_folder(UPCYCLED, seed).exists()]
+    return [*model_names(), *upcycled]
+
+
+def measure(models: Iterable[str]) -> None:
+    """Fill the store, what tells most first; cells that are there are not measured again."""
+    store, benches = Store(STORE), [Bench(name) for name in models]
     for bench in benches:
         store.measure(bench.whole, bench.name, "whole")
-        for keep, recipe in product(RATIOS, (*FAST, *RECIPES)):
-            for repair in ("plain", "refit"):
-                cell(store, bench, recipe, keep, repair)
-        for keep, recipe in product(RATIOS, ABLATIONS):
-            cell(store, bench, recipe, keep, "plain")
+        store.measure(partial(_likeness, bench), bench.name, "likeness")
+    for repair, keep in product(("plain", "refit"), RATIOS):
+        for bench, recipe in product(benches, (*FAST, *RECIPES)):
+            cell(store, bench, recipe, keep, repair)
+    for keep, bench, recipe in product(RATIOS, benches, ABLATIONS):
+        cell(store, bench, recipe, keep, "plain")
     for bench, keep, repair in product(benches, RATIOS, ("plain", "refit")):
         cell(store, bench, SLOW, keep, repair)
 
@@ -143,8 +164,39 @@ def ablations() -> str:
     return "\n".join(lines)
 
 
+def likeness() -> str:
+    """Return how alike the experts of each kind of model are: mean over pairs and layers."""
+    store, kinds = Store(STORE, measures=False), _kinds()
+    lines = [f"| similarity | {' | '.join(kinds)} |", "| --- |" + " --- |" * len(kinds)]
+    for field in ("cka", "output_cosine", "weight_cosine"):
+        found = [list(_values(store, kind, "likeness", field)) for kind in kinds]
+        shown = [f"{mean(values):.3f}" if values else "-" for values in found]
+        lines.append(f"| {field} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _likeness(bench: Bench) -> Result:
+    """Return means over pairs of experts and layers, each in [-1, 1]."""
+    sites = find_sites(bench.model)
+    counts = {site.name: site.top_k for site in sites}
+    found: dict[str, list[float]] = {"cka": [], "output_cosine": [], "weight_cosine": []}
+    for name in ("cka", "output_cosine"):
+        options = MergeOptions(similarity=name, effort=None)
+        decision = decide(bench.model, counts, bench.calibration(), options)
+        found[name] = [_mean_of_pairs(pairs_EE) for pairs_EE in decision.similarity.values()]
+    adapter = adapter_for(bench.model.config)
+    for site in sites:
+        gram_EE = gram_of_experts(adapter.expert_weights(bench.model, site))
+        found["weight_cosine"].append(_mean_of_pairs(cosines(gram_EE)))
+    return {name: mean(values) for name, values in found.items()}
+
+
+def _mean_of_pairs(pairs_EE: Tensor) -> float:
+    return float(pairs_EE[~torch.eye(len(pairs_EE), dtype=torch.bool)].mean())
+
+
 def _kinds() -> list[str]:
-    return list(dict.fromkeys(name.split("-seed")[0] for name in model_names()))
+    return list(dict.fromkeys(name.split("-seed")[0] for name in names()))
 
 
 def _shown(store: Store, kind: str, part: str, **settings: Any) -> str:
@@ -158,11 +210,13 @@ def _shown(store: Store, kind: str, part: str, **settings: Any) -> str:
     return f"{mean(values):.1f} [{min(values):.1f}, {max(values):.1f}]{few}"
 
 
-def _values(store: Store, kind: str, part: str, **settings: Any) -> Iterator[float]:
-    for name in model_names():
+def _values(
+    store: Store, kind: str, part: str, field: str = "perplexity", **settings: Any
+) -> Iterator[float]:
+    for name in names():
         found = store.get(name, part, **settings)
         if found is not None and name.split("-seed")[0] == kind:
-            yield found["perplexity"]
+            yield found[field]
 
 
 def _by_naee(bench: Bench, keep: float) -> PreTrainedModel:
@@ -174,5 +228,5 @@ def _by_naee(bench: Bench, keep: float) -> PreTrainedModel:
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1:] or model_names())
-    print(table(), ablations(), sep="\n\n")
+    measure(sys.argv[1:] or names())
+    print(table(), ablations(), likeness(), sep="\n\n")

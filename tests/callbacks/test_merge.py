@@ -37,7 +37,7 @@ def test_a_fourth_of_the_experts_goes_into_others_and_the_model_is_exported(
     folder, report = Path(trainer.log_dir), report_of(trainer)
     assert list(report["quality"]) == ["before", "merged"]
     assert report["merging"]["recipe"] == "cka, auto partition, uniform"
-    assert report["merging"]["tokens"] == report["calibration"]["tokens"] == 256
+    assert report["merging"]["tokens"] == report["calibration"]["tokens"] == 256 * 3 // 4
     for layer in LAYERS:
         groups = report["merging"]["layers"][layer]["groups"]
         assert len(groups) == 6
@@ -305,3 +305,18 @@ def test_two_processes_merge_as_one(checkpoint, make_data, make_trainer):
     for name, tensor in weights.items():
         assert torch.equal(first[1][name], second[1][name])
         torch.testing.assert_close(first[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_neurons_may_be_aligned_by_what_they_do_on_the_calibration_text(
+    checkpoint, make_data, make_trainer
+):
+    writer = ReportWriter(measure_quality=False, **QUIET)
+    merging = ExpertMerging("router", groups=4, align="activations", effort=1.0)
+    trainer = make_trainer(merging, writer)
+    fit(trainer, MoEModule(str(checkpoint)), make_data())
+    assert writer.report.merging is not None
+    assert (writer.report.merging.neurons_moved or 0) > 0
+    assert writer.report.calibration.tokens == 64  # a fourth: two of eight experts, effort 1
+    plan = Path(trainer.log_dir) / "merge_plan.json"
+    with pytest.raises(LitMoEError, match="a replayed plan reads no text, .* take align: weights"):
+        ExpertMerging(plan=str(plan), align="activations")

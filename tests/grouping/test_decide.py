@@ -293,21 +293,6 @@ def test_two_ranks_with_half_of_the_rows_decide_as_one(recipe):
         torch.testing.assert_close(first[1][layer], similarity, rtol=1e-5, atol=1e-6)
 
 
-def test_a_small_memory_budget_runs_layers_and_tokens_in_parts():
-    model = tiny_moe("mixtral")
-    batches = text_for(model)
-    plenty = decide(model, counts_of(model, 4), batches, MergeOptions(similarity="output_cosine"))
-    little = decide(
-        model,
-        counts_of(model, 4),
-        batches,
-        MergeOptions(similarity="output_cosine", memory_gib=1e-4),
-    )
-    assert plenty.tokens == little.tokens == 16 * 12
-    for layer, similarity in plenty.similarity.items():
-        torch.testing.assert_close(little.similarity[layer], similarity, rtol=1e-5, atol=1e-5)
-
-
 def test_a_report_says_what_was_merged_and_comes_back_from_json():
     model = tiny_moe("mixtral")
     options = MergeOptions(similarity="router", coefficients="uniform")
