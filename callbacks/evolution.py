@@ -1,4 +1,4 @@
-"""Evolutionary search for experts to keep and to merge, at fit start."""
+"""Evolutionary search for experts to keep and to merge, before training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_moe.callbacks.base import ExpertPruning, source_of
 from lit_moe.callbacks.calibration import calibration_share
+from lit_moe.callbacks.evolution_loop import Loop, ValidationLoops, is_in_validation
 from lit_moe.callbacks.evolution_parts import (
     Search,
     check_baselines,
@@ -21,6 +22,7 @@ from lit_moe.callbacks.evolution_parts import (
 from lit_moe.callbacks.evolution_view import LiveView
 from lit_moe.callbacks.merge import ExpertMerging
 from lit_moe.callbacks.report import report_writer
+from lit_moe.callbacks.rewrapping import unwrap, wrap_again
 from lit_moe.errors import LitMoEError, PlanError
 from lit_moe.merge_plan import MergePlan
 from lit_moe.merging import apply_plan
@@ -46,12 +48,18 @@ HISTORY_NAME, PLAN_NAME = "search.jsonl", "plan.json"
 
 
 class EvolutionarySearch(Callback):
-    """Searches for which experts stay and how they are merged, without gradients, at fit start.
+    """Searches for which experts stay and how they are merged, without gradients, before training.
 
     EEP (arXiv 2407.00945): candidates are masks and maps on the live model, evaluated by forward
-    passes alone, one generation after the other, right after the model is built and before any
-    strategy wraps it. The best is applied; training, if there is any, begins with it. Several ranks
-    share the candidates of a generation and make the same history as one.
+    passes alone, one generation after the other. The best is applied; training, if there is any,
+    begins with it. Several ranks share the candidates of a generation and make the same history as
+    one.
+
+    A generation is a validation loop of the trainer: its candidates are evaluated when the loop
+    begins, and the loop validates the best so far, which loggers get as ``search/validation/loss``.
+    The strategy has wrapped the whole model by then and wraps what is left again. ``loop:
+    fit_start`` searches before anything wraps the model instead, for the same plan: memory then
+    never holds an optimizer of the whole model, and ZeRO stage 3 can take part.
 
     A run that was killed goes on where its history ends when it is started again: give it the same
     ``trainer.default_root_dir``.
@@ -69,6 +77,9 @@ class EvolutionarySearch(Callback):
         project: turn routers that mix probabilities into plain ones afterwards.
         memory: hidden states kept per split, and merged experts: each at most so many bytes.
         history: file; None for ``search.jsonl`` in ``trainer.default_root_dir``.
+        loop: ``validation``, ``fit_start``, or ``auto``: validation loops wherever they are
+            possible (``limit_val_batches`` above 0, one device, DDP or ZeRO stage 1 or 2, no Refit
+            or WeightPruning beside it).
     """
 
     def __init__(
@@ -85,6 +96,7 @@ class EvolutionarySearch(Callback):
         project: bool = False,
         memory: str = "512MiB",
         history: str | None = None,
+        loop: Loop = "auto",
     ) -> None:
         self.space = space
         self.fitness = fitness or NegativeLoss()
@@ -95,9 +107,13 @@ class EvolutionarySearch(Callback):
         self.project = project
         self.memory = parse_bytes(memory)
         self.history = history
+        self.loop = loop
+        self._waiting: Search | None = None
+        self._loops: ValidationLoops | None = None
 
     def setup(self, trainer: Trainer, pl_module: MoEModule, stage: str) -> None:  # type: ignore[override]
         """Before the model is built. Refuses a second plan."""
+        self._waiting = self._loops = None
         report_writer(trainer)
         kinds = (ExpertPruning, ExpertMerging, EvolutionarySearch)
         others = [c for c in trainer.callbacks if isinstance(c, kinds) and c is not self]  # type: ignore[attr-defined]
@@ -108,7 +124,7 @@ class EvolutionarySearch(Callback):
             )
 
     def on_model_built(self, trainer: Trainer, module: MoEModule) -> None:
-        """When the model is built and nothing wraps it yet. Searches, and applies the best.
+        """When the model is built and nothing wraps it yet. Checks, and searches at fit start.
 
         Only in a fit. Collective: every rank must call it.
 
@@ -118,29 +134,65 @@ class EvolutionarySearch(Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        writer, model = report_writer(trainer), module.built_model
+        in_validation = is_in_validation(self.loop, trainer)
+        writer = report_writer(trainer)
         writer.on_model_built(trainer, module)
-        plan = module.checkpoint_plan()
-        if plan is not None:
-            self._resume(module, plan)
+        if module.is_resumed:
+            self._resume(module, module.checkpoint_plan())
             return
         module.to(trainer.strategy.root_device)
         search = self._prepared(trainer, module)
         if "before" not in writer.report.quality:
             writer.measure(trainer, module, "before")
+        if in_validation:
+            self._waiting = search
+        else:
+            self._search(trainer, module, search)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When the strategy has wrapped the model. Searches in validation loops, wraps anew."""
+        search, self._waiting = self._waiting, None
+        if search is not None:
+            self._search(trainer, pl_module, search, in_validation=True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When a validation begins. During the search evaluates a generation. Collective."""
+        if self._loops is not None:
+            self._loops.begin()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
+        """When a validation ends. During the search shows all experts again."""
+        if self._loops is not None:
+            self._loops.end()
+
+    def _search(
+        self, trainer: Trainer, module: MoEModule, search: Search, *, in_validation: bool = False
+    ) -> None:
+        """Search, and apply the best. Collective."""
+        writer = report_writer(trainer)
         with writer.phase("search"):
-            outcome, report = self._searched(trainer, module, search)
+            outcome, report = self._searched(trainer, module, search, in_validation=in_validation)
         writer.report.search = report
         search.live.cache.clear()
         best = search.live.final_plan(outcome.best.genome, top_k=self.space.top_k)
-        best = self._projected(trainer, model, best, report)
+        best = self._projected(trainer, module.built_model, best, report)
+        if in_validation:
+            unwrap(trainer)
         self._apply(trainer, module, best)
+        if in_validation:
+            wrap_again(trainer)
         self._measure_applied(module, search, report)
         writer.write()
         writer.measure(trainer, module, "pruned" if isinstance(best, KeepPlan) else "merged")
 
-    def _resume(self, module: MoEModule, plan: Plan) -> None:
+    def _resume(self, module: MoEModule, plan: Plan | None) -> None:
         """Give the model the shapes of the checkpoint, whose weights are loaded later."""
+        if plan is None:
+            raise PlanError(
+                f"checkpoint {module.resume_from} is of a run that searched for nothing, and its "
+                "weights would be loaded after the search: export that run's model, and begin a "
+                "new run with it"
+            )
         asked = problem_of(module.built_model, self.space)
         total = sum(plan.counts.values())
         if asked.total(asked.counts) != total:
@@ -184,7 +236,7 @@ class EvolutionarySearch(Callback):
         return self.effort.total > self.effort.discrete or problem.drops_nothing
 
     def _searched(
-        self, trainer: Trainer, module: MoEModule, search: Search
+        self, trainer: Trainer, module: MoEModule, search: Search, *, in_validation: bool
     ) -> tuple[Outcome, SearchReport]:
         report = self._begun_report(search)
         for scorer in search.scorers.values():
@@ -193,15 +245,26 @@ class EvolutionarySearch(Callback):
         evolution = Evolution(search.problem, self.rates, self.effort)
         evaluator = ModelEvaluator(search.scorers, search.live, top_k=self.space.top_k)
         history, path = self._history(trainer, module, search)
-        with ProgressBar(disable=not trainer.is_global_zero, transient=True) as bar:
+        hidden = in_validation or not trainer.is_global_zero  # the trainer has a bar of its own
+        with ProgressBar(disable=hidden, transient=True) as bar:
             view = LiveView(trainer, bar, evolution.effort.total)
             run = SearchRun(evolution, evaluator, history, racing=self.racing, watch=view.show)
+            if in_validation:
+                self._in_loops(trainer, search, view, run)
             outcome = run.run()
         self._finish_report(report, search, outcome, history)
         report.history = str(path)
         report.seconds = run.seconds
         measure_baselines(trainer, module, search, self.baselines, report)
         return outcome, report
+
+    def _in_loops(self, trainer: Trainer, search: Search, view: LiveView, run: SearchRun) -> None:
+        """Evaluate all generations, each in a validation loop. Collective."""
+        self._loops = ValidationLoops(trainer, search.live, self.space.top_k, view)
+        try:
+            self._loops.run(run)
+        finally:
+            self._loops = None
 
     def _history(self, trainer: Trainer, module: MoEModule, search: Search) -> tuple[History, Path]:
         """Return what is on record, the same on all ranks; only the first writes. Collective."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import Progress as ProgressBar
+from torch import Tensor
 
 from lit_moe.callbacks.monitor import enlarge
 from lit_moe.search.genome import Genome
@@ -22,7 +26,8 @@ class LiveView:
     """
 
     def __init__(self, trainer: Trainer, bar: ProgressBar, total: int) -> None:
-        self._trainer, self._bar = trainer, bar
+        self._loggers, self._is_first = list(trainer.loggers), trainer.is_global_zero
+        self._bar = bar
         self._task = bar.add_task("searching", total=total)
         self._shown: str | None = None
 
@@ -35,14 +40,24 @@ class LiveView:
             "search/median": progress.median,
             "search/evaluations_per_second": progress.per_second,
         }
-        for logger in self._trainer.loggers:
+        is_new = self._shown != progress.genome.key
+        if is_new and self._bar.disable:
+            done = f"{progress.evaluated} of {progress.total} candidates evaluated"
+            rank_zero_info(f"{text}, {done}")
+        for logger in self._loggers:
             logger.log_metrics(values, step=progress.evaluated)
-            is_new = self._shown != progress.genome.key
-            if is_new and isinstance(logger, TensorBoardLogger) and self._trainer.is_global_zero:
+            if is_new and isinstance(logger, TensorBoardLogger) and self._is_first:
                 for name, image in best_maps(progress.genome).items():
                     tag = f"search/{name}"
                     logger.experiment.add_image(tag, image, progress.evaluated, dataformats="HW")
         self._shown = progress.genome.key
+
+    def show_validation(self, metrics: Sequence[Mapping[str, Tensor | float]], step: int) -> None:
+        """Show what a validation of the best so far logged, by candidates evaluated."""
+        values = {f"search/{k}": float(v) for found in metrics for k, v in found.items()}
+        for logger in self._loggers if values else ():
+            logger.log_metrics(values, step=step)
+            logger.save()
 
 
 def best_maps(genome: Genome) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ from lit_moe.mixing import mixed_routing, mixings
 from lit_moe.plan import KeepPlan
 from lit_moe.search.genome import Genome, Maps
 from lit_moe.search.groups import LayerGroup
-from lit_moe.search.material import ByteCache, Tensors, combined_tensors
+from lit_moe.search.material import ByteCache, Tensors, combined_modules, combined_tensors
 
 RouterSpace = Literal["probabilities", "rows"]
 _ROUTER_KINDS = ("router", "select_bias")
@@ -159,7 +159,10 @@ class LiveModel:
         model, cache = self.model, self.cache
 
         def tensors() -> Tensors:
-            made = combined_tensors(model, site, ("expert",), maps.experts, cache)
+            if site.rows("expert"):
+                made = combined_tensors(model, site, ("expert",), maps.experts, cache)
+            else:
+                made = combined_modules(model, site, maps.experts, cache)
             if self.router_space == "rows":
                 made = made | combined_tensors(model, site, _ROUTER_KINDS, maps.routers, cache)
             return made
@@ -181,12 +184,17 @@ class LiveModel:
 
     def _check_mergeable(self) -> None:
         for site in self._sites.values():
-            if not site.rows("expert") or site.rows("id_table") or site.num_groups > 1:
+            if site.rows("id_table"):
                 raise UnsupportedModelError(
-                    f"experts of {site.name} ({self.model.config.model_type}) cannot be combined "
-                    "while the model runs: they are modules of their own, are chosen by a table, "
-                    "or routing is limited to groups; search for what to drop only "
+                    f"experts of {site.name} ({self.model.config.model_type}) cannot be combined: "
+                    "they are chosen by a table of token ids; search for what to drop only "
                     "(effort.total not above effort.discrete)"
+                )
+            if site.num_groups > 1 and self.router_space == "probabilities":
+                raise UnsupportedModelError(
+                    f"{site.name} ({self.model.config.model_type}) routes within groups of "
+                    "experts, whose probabilities cannot be mixed; set router_space: rows, or "
+                    "search for what to drop only (effort.total not above effort.discrete)"
                 )
 
 

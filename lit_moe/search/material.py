@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -82,21 +82,53 @@ def combined_tensors(
     return cache.get((site.name, kinds, rows.shape, rows.tobytes()), stacked)
 
 
+def combined_modules(model: nn.Module, site: MoESite, rows: Map, cache: ByteCache) -> Tensors:
+    """Return the same for a layer whose experts are modules of their own.
+
+    Args:
+        model: with all its experts; left alone.
+        site: the layer; its experts have matrices of one shape.
+        rows: coefficients, ``(N, E)``.
+        cache: where combined experts are kept.
+
+    Returns:
+        Dotted name -> tensor of one expert, of the first N modules.
+    """
+    children = list(model.get_submodule(site.experts).named_children())
+
+    def expert(row: np.ndarray) -> Tensors:
+        names = [name for name, _ in children[0][1].named_parameters()]
+        return {
+            name: _sum([c.get_parameter(name).detach() for _, c in children], row) for name in names
+        }
+
+    found: Tensors = {}
+    for (child, _), row in zip(children, rows, strict=False):
+        made = cache.get((site.name, ("module",), row.tobytes()), lambda row=row: expert(row))  # type: ignore[misc]
+        found |= {f"{site.experts}.{child}.{name}": value for name, value in made.items()}
+    return found
+
+
 def _expert(model: nn.Module, axes: list[ExpertAxis], row: np.ndarray) -> Tensors:
     """Return one new expert: the part of each tensor that is its own."""
-    members = np.flatnonzero(row).tolist()
-    return {axis.name: _mixture(_tensor(model, axis), axis, row, members) for axis in axes}
+    return {axis.name: _sum(_parts(_tensor(model, axis), axis), row) for axis in axes}
 
 
-def _mixture(old: Tensor, axis: ExpertAxis, row: np.ndarray, members: list[int]) -> Tensor:
+def _parts(old: Tensor, axis: ExpertAxis) -> list[Tensor]:
+    """Return the part of each expert."""
     size = axis.rows_per_expert
-    parts = {e: old.narrow(axis.dim, e * size, size) for e in members}
+    return [old.narrow(axis.dim, e * size, size) for e in range(axis.real)]
+
+
+def _sum(parts: Sequence[Tensor], row: np.ndarray) -> Tensor:
+    """Return the parts of all experts, added up as a row says."""
+    members = np.flatnonzero(row).tolist()
     if len(members) == 1 and row[members[0]] == 1.0:
         return parts[members[0]].clone()
-    total = torch.zeros_like(old.narrow(axis.dim, 0, size), dtype=torch.float64)
-    for expert, part in parts.items():
-        total += float(row[expert]) * part.double()
-    return total.to(old.dtype)
+    total = torch.zeros_like(parts[0], dtype=torch.float64)
+    for expert in members:
+        total += float(row[expert]) * parts[expert].double()
+    return total.to(parts[0].dtype)
 
 
 def _with_tail(old: Tensor, axis: ExpertAxis, experts: list[Tensor]) -> Tensor:

@@ -115,22 +115,39 @@ class SearchRun:
         self._evaluate, self._racing = evaluator, racing
         self._watch = watch or (lambda _: None)
         self._regrets: list[float] = []
+        self._pruned: Individual | None = None
+        self._is_chosen = False
         self._spent, self._fresh = 0.0, 0
         self.seconds = 0.0
         """Spent on evaluations so far, without those on record."""
 
     def run(self) -> Outcome:
         """Search to the end, or go on where the record ends. Collective if the evaluator is."""
-        evolution = self.evolution
-        pruned: Individual | None = None
-        is_chosen = False
-        while (generation := evolution.ask()) is not None:
-            if generation.phase == "continuous" and not is_chosen:
-                pruned, is_chosen = self._choose(only_drops=True), True
-            self._spent, self._fresh = 0.0, 0
-            evolution.tell(generation, self._scores(generation))
-            self._watch(self._progress(generation))
-        pruned = pruned if is_chosen else self._choose(only_drops=True)
+        while (generation := self.ask()) is not None:
+            self.evaluate(generation)
+        return self.outcome()
+
+    def ask(self) -> Generation | None:
+        """Return the next generation, to be evaluated before the next is asked for; None if over.
+
+        Collective: before the first merging generation the best pruned candidate is chosen.
+        """
+        generation = self.evolution.ask()
+        if generation is not None and generation.phase == "continuous":
+            self._choose_pruned()
+        return generation
+
+    def evaluate(self, generation: Generation) -> Progress:
+        """Evaluate a generation and return where the search then is. Collective."""
+        self._spent, self._fresh = 0.0, 0
+        self.evolution.tell(generation, self._scores(generation))
+        progress = self._progress(generation)
+        self._watch(progress)
+        return progress
+
+    def outcome(self) -> Outcome:
+        """Choose what was found, once there is no further generation. Collective."""
+        evolution, pruned = self.evolution, self._choose_pruned()
         best = self._choose()
         assert best is not None
         notes = list(evolution.notes)
@@ -141,6 +158,12 @@ class SearchRun:
                 f"{max(self._regrets):.2f}, {len(self._regrets)} audits)"
             )
         return found
+
+    def _choose_pruned(self) -> Individual | None:
+        """Return the best that only drops experts, chosen once: when the discrete phase is over."""
+        if not self._is_chosen:
+            self._pruned, self._is_chosen = self._choose(only_drops=True), True
+        return self._pruned
 
     def _choose(self, *, only_drops: bool = False) -> Individual | None:
         """Return the best on the dev split of the best on the search split; the first in a tie."""

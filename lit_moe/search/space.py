@@ -18,6 +18,7 @@ from lit_moe.search.evolution import Problem
 from lit_moe.search.genome import genome_of_plan
 from lit_moe.search.groups import LayerGroup, group_layers
 from lit_moe.search.options import SearchSpace
+from lit_moe.search.variation import exchanges
 
 _SAMPLED = 64
 
@@ -42,6 +43,12 @@ def problem_of(
     firsts = [by_name[group.layers[0]] for group in groups]
     counts = tuple(_count(adapter, site, space) for site in firsts)
     floors = tuple(_floor(adapter, site, space, n) for site, n in zip(firsts, counts, strict=True))
+    if space.non_uniform and not exchanges(groups, counts, floors):
+        raise LitMoEError(
+            f"space.non_uniform has nothing to vary: of the groups {[g.name for g in groups]}, "
+            f"which keep {list(counts)} experts, none can give one to another; give more groups, a "
+            "smaller space.floor or another number of experts, or set non_uniform: false"
+        )
     start = tuple(genome_of_plan(plan, groups, _counts_of(plan, groups, counts)) for plan in plans)
     return Problem(
         groups,

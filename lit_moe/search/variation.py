@@ -1,13 +1,15 @@
 """How children come from parents: random starts, moves of experts, noise, crossover.
 
 All functions draw from the generator they are given and from nothing else. Where routing is limited
-to groups, an expert is only ever exchanged for one of its own routing group.
+to groups, an expert is only ever exchanged for, and mixed with, ones of its own routing group, and
+rows are in the order of the groups.
 
 E experts before, N experts after.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,29 +55,45 @@ def given(
     groups: Sequence[LayerGroup],
     floors: Sequence[int],
 ) -> Genome:
-    """Return the parent with one expert less in one group and one more in another.
+    """Return the parent with experts less in one group and more in another; the total stays.
 
-    Both groups have equally many layers, so that the total stays; each gives or takes one of every
-    routing group. The parent itself where no pair of groups can.
+    Between groups of equally many layers it is one expert of each layer, else the fewest that make
+    the total come out even; in each case as many of every routing group. The parent itself where no
+    pair of groups can.
     """
-    pairs = [
-        (i, j)
-        for i, giver in enumerate(groups)
-        for j, taker in enumerate(groups)
-        if i != j
-        and len(giver.layers) * giver.routing_groups == len(taker.layers) * taker.routing_groups
-        and parent.counts[i] - giver.routing_groups >= floors[i]
-        and parent.counts[j] + taker.routing_groups <= taker.num_experts
-    ]
+    pairs = exchanges(groups, parent.counts, floors)
     if not pairs:
         return parent
-    giver_index, taker_index = pairs[int(draw.integers(len(pairs)))]
-    return parent.replaced(
-        {
-            giver_index: _without_one(draw, parent.maps[giver_index], groups[giver_index]),
-            taker_index: _with_one(draw, parent.maps[taker_index], groups[taker_index]),
-        }
-    )
+    (giver, less), (taker, more) = pairs[int(draw.integers(len(pairs)))]
+    fewer, further = parent.maps[giver], parent.maps[taker]
+    for _ in range(less):
+        fewer = _without_one(draw, fewer, groups[giver])
+    for _ in range(more):
+        further = _with_one(draw, further, groups[taker])
+    return parent.replaced({giver: fewer, taker: further})
+
+
+Exchange = tuple[tuple[int, int], tuple[int, int]]
+
+
+def exchanges(
+    groups: Sequence[LayerGroup], counts: Sequence[int], floors: Sequence[int]
+) -> list[Exchange]:
+    """Return every pair of groups that can give and take, each with how many times it does.
+
+    Once means one expert of each layer and routing group.
+    """
+    found = []
+    for i, giver in enumerate(groups):
+        for j, taker in enumerate(groups):
+            gone, come = (len(g.layers) * g.routing_groups for g in (giver, taker))
+            total = math.lcm(gone, come)
+            less, more = total // gone, total // come
+            enough = counts[i] - less * giver.routing_groups >= floors[i]
+            room = counts[j] + more * taker.routing_groups <= taker.num_experts
+            if i != j and enough and room:
+                found.append(((i, less), (j, more)))
+    return found
 
 
 def shaken(
@@ -103,8 +121,9 @@ def shaken(
         experts, routers = _one_touched(draw, only, router=router)
     maps = []
     for i, old in enumerate(parent.maps):
-        new_experts = _noisy(draw, old.experts, rates) if i in experts else old.experts
-        new_routers = _noisy(draw, old.routers, rates) if i in routers else old.routers
+        group = groups[i]
+        new_experts = _noisy(draw, old.experts, rates, group) if i in experts else old.experts
+        new_routers = _noisy(draw, old.routers, rates, group) if i in routers else old.routers
         maps.append(Maps(new_experts, new_routers))
     if draw.random() < rates.normalise:
         maps = [
@@ -231,12 +250,23 @@ def _with_one(draw: np.random.Generator, old: Maps, group: LayerGroup) -> Maps:
         unused = sorted(set(range(n * size, (n + 1) * size)) - used)
         row = np.eye(group.num_experts)[[unused[int(draw.integers(len(unused)))]]]
         experts, routers = np.concatenate([experts, row]), np.concatenate([routers, row])
-    return Maps(experts, routers)
+    order = np.argsort(experts.argmax(axis=1) // size, kind="stable")  # routing groups in order
+    return Maps(experts[order], routers[order])
 
 
-def _noisy(draw: np.random.Generator, old: Map, rates: Rates) -> Map:
+def _noisy(draw: np.random.Generator, old: Map, rates: Rates, group: LayerGroup) -> Map:
+    """Return a map with noise, in the part of each row that is of its own routing group."""
     hit = draw.random(old.shape) < rates.element
-    return old + hit * draw.standard_normal(old.shape) * rates.noise
+    noise = hit * draw.standard_normal(old.shape) * rates.noise
+    if group.routing_groups == 1:
+        return old + noise
+    home, size = _homes(len(old), group), group.num_experts // group.routing_groups
+    return old + noise * (home[:, None] == np.arange(group.num_experts) // size)
+
+
+def _homes(count: int, group: LayerGroup) -> np.ndarray:
+    """Return the routing group of each of ``count`` rows, which are in the order of the groups."""
+    return np.arange(count) // (count // group.routing_groups)
 
 
 def _normalised(old: Map) -> Map:

@@ -2,8 +2,13 @@
 
 A 12-layer model with random weights; the candidates are those that a real search of negative loss
 comes to. Naive: every candidate that the released rates draw, duplicates too, its maps put together
-anew, all layers run. Scores are compared bit for bit;
-seconds are those of the process, so that other programs do not count.
+anew, all layers run. Scores are compared bit for bit; seconds are those of the process, so that
+other programs do not count.
+
+What sharing hidden states can give is bounded by the layers behind the first changed group, however
+many candidates are remembered: under the released rates a child changes each group with a chance of
+its own, so that the first change comes early. ``bound`` is that limit; nothing else of a candidate
+is the same, to the bit, as anything that was computed before.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -78,6 +84,32 @@ def samples() -> SplitData:
     return SplitData([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids])
 
 
+def bound(num_groups: int, chance: float) -> float:
+    """Return layers over expected layers behind the first of the groups that a child changes.
+
+    Args:
+        num_groups: by depth, about equally many of the layers in each.
+        chance: that a child differs from its parent in a group, for each group on its own.
+    """
+    behind = np.cumsum([len(part) for part in np.array_split(np.arange(LAYERS), num_groups)][::-1])
+    first = (1 - chance) ** np.arange(num_groups)
+    return LAYERS / float((first * behind[::-1]).sum() / first.sum())
+
+
+def bounds() -> str:
+    """Return the bounds of both phases under the released rates, without crossings."""
+    rates = Rates()
+    chances = {
+        "discrete": rates.group * (1 - (1 - rates.row) ** KEPT),
+        "continuous": 1 - (1 - rates.group) ** 2,
+    }
+    rows = [
+        [f"{num} groups", *(f"{bound(num, chance):.2f}" for chance in chances.values())]
+        for num in (4, LAYERS)
+    ]
+    return markdown(["released rates, at most", *chances], rows)
+
+
 class Proposals(Evolution):
     """Counts the proposals, duplicates too, behind each candidate that is evaluated."""
 
@@ -132,6 +164,7 @@ def row_of(model, setting: Setting, effort: Effort = EFFORT) -> list[object]:
         f"{drawn / len(ranked):.2f}",
         f"{per_candidate / fast * drawn / len(ranked):.2f}",
         f"{layers / batches / len(ranked):.1f} of {LAYERS}",
+        f"{LAYERS * batches * len(ranked) / layers:.2f}",
     ]
 
 
@@ -143,6 +176,7 @@ HEADER = [
     "proposals per new candidate",
     "ratio with duplicates",
     "layers run",
+    "ratio if nothing but layers took time",
 ]
 
 
@@ -152,7 +186,7 @@ def run() -> str:
     for setting in SETTINGS:
         rows.append(row_of(model, setting))
         print(*rows[-1], sep=" | ", flush=True)
-    return markdown(HEADER, rows)
+    return f"{markdown(HEADER, rows)}\n\n{bounds()}"
 
 
 if __name__ == "__main__":

@@ -158,9 +158,40 @@ def test_what_was_not_used_for_longest_goes_first():
     assert cache.num_bytes == 0
 
 
+def within_groups(maps):
+    """Maps of which a row is made of experts of its own half only, as many of each half."""
+    half = np.arange(8) // 4
+    keep = (np.arange(4) // 2)[:, None] == half
+    return Maps(maps.experts * keep, maps.routers * keep)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "switch_transformers"])
+def test_routing_within_groups_and_experts_that_are_modules_compute_what_the_merged_model_does(
+    family,
+):
+    model, merged = tiny_moe(family), tiny_moe(family)
+    sites = find_sites(model)
+    live, plain = live_of(model, router_space="rows"), logits_of(model)
+    draw = np.random.default_rng(0)
+    start = Maps(np.eye(8)[[0, 2, 4, 7]], np.eye(8)[[0, 2, 4, 7]])
+    noise = [0.1 * draw.standard_normal((2, 4, 8)) for _ in sites]
+    maps = [Maps(start.experts + a, start.routers + b) for a, b in noise]
+    genome = Genome(
+        tuple(within_groups(m) for m in maps) if sites[0].num_groups > 1 else tuple(maps)
+    )
+    with live.applied(genome):
+        candidate = logits_of(model)
+    merge(merged, live.plan(genome))
+    assert torch.equal(candidate, logits_of(merged))
+    assert not torch.allclose(candidate, plain, atol=1e-3)
+    assert torch.equal(logits_of(model), plain)
+
+
 def test_families_that_cannot_be_merged_live_can_still_be_searched_for_what_to_drop():
+    with pytest.raises(UnsupportedModelError, match="table of token ids; search for what to drop"):
+        live_of(tiny_moe("deepseek_v4"))
     model = tiny_moe("deepseek_v3")
-    with pytest.raises(UnsupportedModelError, match="search for what to drop only"):
+    with pytest.raises(UnsupportedModelError, match="set router_space: rows, or search for what"):
         live_of(model)
     live = live_of(model, merges=False)
     genome = Genome((one_hot((0, 1, 4, 7), 8),))

@@ -1,18 +1,21 @@
 import numpy as np
 import pytest
 
-from lit_moe.errors import PlanError
+from lit_moe.errors import LitMoEError, PlanError
 from lit_moe.plan import KeepPlan
-from lit_moe.search import Genome, Maps, genome_of_plan, one_hot
+from lit_moe.search import Genome, Maps, SearchSpace, genome_of_plan, one_hot
 from lit_moe.search.options import Rates
+from lit_moe.search.space import problem_of
 from lit_moe.search.variation import (
     crossed,
+    exchanges,
     given,
     group_by_cost,
     moved,
     random_genome,
     shaken,
 )
+from lit_moe.testing import tiny_moe
 from tests.search.toy import toy_groups
 
 
@@ -48,6 +51,24 @@ def test_a_move_never_keeps_an_expert_twice_and_moves_about_as_many_rows_as_aske
     assert 0 < changed < rows
 
 
+def test_noise_and_crossing_stay_within_the_routing_group_of_each_row():
+    generator, groups = draw(), toy_groups(2, routing_groups=2)
+    counts = (4, 4)
+    first, second = (random_genome(generator, groups, counts) for _ in range(2))
+    first = given(generator, first, groups, (2, 2))  # rows of a new expert are put in order
+    second = given(generator, second, groups, (2, 2))
+    for child in (first, second):
+        for _ in range(20):
+            child = shaken(generator, child, groups, Rates(), router=True)  # noqa: PLW2901
+        crossing = crossed(generator, child, child, Rates(), coupled=False)
+        for maps in (*child.maps, *crossing.maps):
+            half = len(maps.experts) // 2
+            for values in (maps.experts, maps.routers):
+                assert not values[:half, 4:].any()
+                assert not values[half:, :4].any()
+                assert np.count_nonzero(values[:half, :4]) > half
+
+
 def test_experts_stay_within_their_routing_group():
     generator, groups = draw(), toy_groups(2, routing_groups=2)
     genome = random_genome(generator, groups, (4, 4))
@@ -72,6 +93,38 @@ def test_giving_keeps_the_total_and_the_floors():
         assert genome.only_drops
         seen.add(genome.counts)
     assert len(seen) > 5
+
+
+def test_groups_of_unequally_many_layers_exchange_what_leaves_the_total():
+    generator = draw()
+    small, large = toy_groups(1, layers=2)[0], toy_groups(1, layers=3)[0]
+    groups = (small, large, toy_groups(1, layers=2, routing_groups=2)[0])
+    genome, seen = random_genome(generator, groups, (4, 4, 4)), set()
+    for _ in range(200):
+        genome = given(generator, genome, groups, (1, 1, 2))
+        first, second, third = genome.counts
+        assert 2 * first + 3 * second + 2 * third == 28
+        assert third % 2 == 0
+        assert genome.only_drops
+        seen.add(genome.counts)
+    assert {(7, 2, 4), (1, 6, 4), (2, 4, 6)} <= seen
+
+
+def test_counts_that_cannot_vary_are_refused():
+    model = tiny_moe("mixtral")
+    spaces = (
+        SearchSpace(keep_ratio=0.5, groups=1, non_uniform=True),
+        SearchSpace(keep_ratio=0.5, groups=2, non_uniform=True, floor=4),
+        SearchSpace(keep_ratio=1.0, groups=2, non_uniform=True),
+    )
+    for space in spaces:
+        with pytest.raises(LitMoEError, match="space.non_uniform has nothing to vary"):
+            problem_of(model, space)
+    problem = problem_of(model, SearchSpace(keep_ratio=0.5, groups=2, non_uniform=True))
+    assert exchanges(problem.groups, problem.counts, problem.floors) == [
+        ((0, 1), (1, 1)),
+        ((1, 1), (0, 1)),
+    ]
 
 
 def test_noise_touches_a_quarter_of_the_elements_of_touched_maps():
