@@ -138,7 +138,7 @@ class EvolutionarySearch(Callback):
         writer = report_writer(trainer)
         writer.on_model_built(trainer, module)
         if module.is_resumed:
-            self._resume(module, module.checkpoint_plan())
+            self._resume(trainer, module, module.checkpoint_plan())
             return
         module.to(trainer.strategy.root_device)
         search = self._prepared(trainer, module)
@@ -185,7 +185,7 @@ class EvolutionarySearch(Callback):
         writer.write()
         writer.measure(trainer, module, "pruned" if isinstance(best, KeepPlan) else "merged")
 
-    def _resume(self, module: MoEModule, plan: Plan | None) -> None:
+    def _resume(self, trainer: Trainer, module: MoEModule, plan: Plan | None) -> None:
         """Give the model the shapes of the checkpoint, whose weights are loaded later."""
         if plan is None:
             raise PlanError(
@@ -201,8 +201,7 @@ class EvolutionarySearch(Callback):
                 f"for {asked.total(asked.counts)}: resume with the space of that run, or begin a "
                 "new one in another trainer.default_root_dir"
             )
-        apply_plan(module.built_model, plan)
-        module.plan = plan
+        self._cut(trainer, module, plan)
 
     def _prepared(self, trainer: Trainer, module: MoEModule) -> Search:
         """Return everything that is evaluated on, refused early if it does not fit."""
@@ -336,15 +335,20 @@ class EvolutionarySearch(Callback):
         plan = plan.made_for(family=plan.family, source=source_of(module))
         plan = plan_from_dict(trainer.strategy.broadcast(plan.to_dict()))
         with writer.phase("apply"):
-            apply_plan(module.built_model, plan)
+            self._cut(trainer, module, plan)
+        if trainer.is_global_zero:
+            writer.folder.mkdir(parents=True, exist_ok=True)
+            plan.save(writer.folder / PLAN_NAME)
+
+    def _cut(self, trainer: Trainer, module: MoEModule, plan: Plan) -> None:
+        """Give the model the shapes of a plan, and tell the report."""
+        writer = report_writer(trainer)
+        apply_plan(module.built_model, plan)
         module.plan = plan
         if isinstance(plan, KeepPlan):
             writer.report.record_plan(plan)
             writer.report.criterion = f"evolutionary search, {self.fitness.name}"
         writer.count(module, "after")
-        if trainer.is_global_zero:
-            writer.folder.mkdir(parents=True, exist_ok=True)
-            plan.save(writer.folder / PLAN_NAME)
 
     def _measure_applied(self, module: MoEModule, search: Search, report: SearchReport) -> None:
         """Measure the model that the run goes on with, unless it is to agree with the whole one."""

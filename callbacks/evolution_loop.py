@@ -90,7 +90,7 @@ class ValidationLoops:
         self._shown = ExitStack()
 
     def run(self, search: SearchRun) -> None:
-        """Evaluate generations until the search is over. Collective.
+        """Evaluate generations until the search is over; those on record need no loop. Collective.
 
         Raises:
             LitMoEError: if the validation data has not a single batch.
@@ -105,6 +105,9 @@ class ValidationLoops:
                     "batch; give more text or questions, or take loop: fit_start"
                 )
             while (generation := search.ask()) is not None:
+                if search.is_on_record(generation):
+                    search.evaluate(generation)
+                    continue
                 self._generation = generation
                 metrics = loop.run()
                 assert self._progress is not None

@@ -173,9 +173,11 @@ class ExpertMerging(Callback):
                 f"{_numbers(asked)}: resume with the configuration of that run, or begin a new "
                 "one in another trainer.default_root_dir"
             )
-        report_writer(trainer).on_model_built(trainer, module)
+        writer = report_writer(trainer)
+        writer.on_model_built(trainer, module)
         merge(model, plan)
         module.plan = plan
+        writer.count(module, "after")
 
     def _check(self, module: MoEModule) -> None:
         if is_partitioned(module.built_model):

@@ -27,7 +27,10 @@ GRACE = 5.0
 
 _LOST = ("closed by peer", "reset by peer", "connectFullMesh", "Socket Timeout", "Broken pipe")
 _LATE = ("Timed out waiting", "timeout caused pair closure", "collective operation timeout")
-_GO_ON = "afterwards the same command with --ckpt_path last goes on from the newest checkpoint"
+_GO_ON = (
+    "afterwards the same command with --ckpt_path last goes on from the newest checkpoint, and a "
+    "search from its history"
+)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ E experts, N groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -55,13 +56,14 @@ class LearnOptions:
     mixing: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.mixed_rows < 0 or self.mixing <= 0:
+        whole = isinstance(self.mixed_rows, int) and self.mixed_rows >= 0
+        if not whole or not 0 < self.mixing < math.inf:
             raise LitMoEError(
-                f"learned coefficients: mixed_rows={self.mixed_rows} must be 0 or more and "
-                f"mixing={self.mixing:g} positive"
+                f"learned coefficients: mixed_rows={self.mixed_rows} must be a whole number from 0 "
+                f"and mixing={self.mixing:g} positive"
             )
         for name in ("learning_rate", "epochs", "patience"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise LitMoEError(f"learned coefficients: {name} must be positive")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -66,8 +67,8 @@ class MergeOptions:
                 raise LitMoEError(f"{name}={value!r} is unknown; there are {known}")
         for name in ("max_tokens", "effort", "memory_gib"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise LitMoEError(f"{name}={value} must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise LitMoEError(f"{name}={value} must be a positive number")
         if self.align not in (True, False, "weights", "activations"):
             raise LitMoEError(
                 f"align={self.align!r} is unknown; there are true, false, weights, activations"

@@ -103,6 +103,11 @@ class History:
             )
         return cls(fingerprint, lines, path)
 
+    @property
+    def num_left(self) -> int:
+        """Lines on record that have not been asked for yet."""
+        return len(self.lines) - self._next
+
     def recorded(
         self, split: str, samples: int, genome: str, draws: Mapping[str, str]
     ) -> Line | None:

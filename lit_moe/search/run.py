@@ -137,6 +137,13 @@ class SearchRun:
             self._choose_pruned()
         return generation
 
+    def is_on_record(self, generation: Generation) -> bool:
+        """Whether nothing of a generation, the next one, needs evaluating; if in doubt, False."""
+        each = 1  # lines of the record per child, at most
+        if self._racing is not None:
+            each += len(self._racing.heats(self._evaluate.num_samples("search")))
+        return self.history.num_left >= each * len(generation.children)
+
     def evaluate(self, generation: Generation) -> Progress:
         """Evaluate a generation and return where the search then is. Collective."""
         self._spent, self._fresh = 0.0, 0

@@ -18,6 +18,7 @@ from lit_moe import MoEModule
 from lit_moe.adapters import count_experts, find_sites
 from lit_moe.callbacks import Refit, WeightPruning
 from lit_moe.callbacks.evolution_loop import is_in_validation
+from lit_moe.callbacks.report import report_writer
 from lit_moe.errors import LitMoEError, PlanError
 from lit_moe.sharding import MoEDeepSpeed
 from tests.callbacks.test_evolution import LAYERS, fit, history_of, quiet, searching
@@ -139,7 +140,7 @@ def test_progress_bars_show_the_loops(run, bar, capsys, caplog):
 
 
 def test_a_killed_search_goes_on_where_it_was(run, monkeypatch):
-    whole, expected, _ = run("validation", name="whole")
+    whole, expected, seen_whole = run("validation", name="whole")
     scorer = lit_moe.search.scoring.SplitScorer
     original, calls = scorer.score, []
 
@@ -153,9 +154,13 @@ def test_a_killed_search_goes_on_where_it_was(run, monkeypatch):
         patch.setattr(scorer, "score", breaking)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             run("validation", name="broken")
-    again, module, _ = run("validation", name="broken")
+    again, module, seen = run("validation", name="broken")
     assert module.plan == expected.plan
     assert history(again) == history(whole)
+    assert 2 < len(seen.experts) < len(seen_whole.experts)  # what is on record needs no loop
+    complete, _, seen = run("validation", name="broken")
+    assert history(complete) == history(whole)
+    assert set(seen.experts) == {8}
 
 
 def test_a_checkpoint_after_the_search_is_gone_on_from_without_one(run, tmp_path):
@@ -174,6 +179,9 @@ def test_a_checkpoint_after_the_search_is_gone_on_from_without_one(run, tmp_path
     assert seen_again.losses == seen.losses[2:]
     assert not Path(again.default_root_dir, "search.jsonl").exists()
     assert number > 20
+    first, second = (report_writer(trainer).report for trainer in (whole, again))
+    assert first.parameters.after not in (None, first.parameters.before)
+    assert second.parameters == first.parameters
     for name, tensor in expected.state_dict().items():
         assert torch.equal(module.state_dict()[name], tensor)
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from lit_moe import MoEModule
 from lit_moe.adapters import count_experts, find_sites
 from lit_moe.callbacks import ExpertMerging, ExportModel, OneShotPruning, Refit, ReportWriter
+from lit_moe.callbacks.report import report_writer
 from lit_moe.errors import LitMoEError, NoEffectWarning, PlanError
 from lit_moe.grouping import SegmentOptions
 from lit_moe.merge_plan import MergePlan
@@ -222,6 +223,8 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     assert again.plan == whole.plan
     assert isinstance(again.plan, MergePlan)
     assert again.plan.replayable == ("segments" not in fields)
+    parameters = report_writer(trainer).report.parameters
+    assert parameters.after not in (None, parameters.before)
     theirs = whole.built_model.state_dict()
     for name, tensor in again.built_model.state_dict().items():
         assert torch.equal(tensor, theirs[name])

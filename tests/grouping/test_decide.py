@@ -1,6 +1,7 @@
 """From a model and text to a merged model."""
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -218,7 +219,10 @@ def test_damaged_weights_are_found():
         ({"partition": "kmeans"}, "partition='kmeans' is unknown; there are auto, exh"),
         ({"coefficients": "mean"}, "coefficients='mean' is unknown; there are uniform"),
         ({"router": "drop"}, "router='drop' is unknown; there are merge, keep"),
-        ({"max_tokens": 0}, "max_tokens=0 must be positive"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a positive number"),
+        ({"memory_gib": math.nan}, "memory_gib=nan must be a positive number"),
+        ({"memory_gib": math.inf}, "memory_gib=inf must be a positive number"),
+        ({"effort": math.nan}, "effort=nan must be a positive number"),
         ({"partition": "centroids"}, "take frequency, reap or max_visited"),
         ({"align": True, "coefficients": "learned"}, "take uniform, frequency or reap"),
     ],

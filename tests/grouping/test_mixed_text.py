@@ -100,9 +100,11 @@ def test_mixed_rows_are_fitted_and_never_judged(monkeypatch):
         torch.testing.assert_close(map_NE.sum(1), torch.ones(4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("fields", [{"mixed_rows": -1}, {"mixing": 0.0}])
+@pytest.mark.parametrize(
+    "fields", [{"mixed_rows": -1}, {"mixed_rows": 0.5}, {"mixing": 0.0}, {"mixing": float("nan")}]
+)
 def test_mixtures_that_mean_nothing_are_refused(fields):
-    with pytest.raises(LitMoEError, match="mixed_rows=-?[01] must be 0 or more and mixing"):
+    with pytest.raises(LitMoEError, match="must be a whole number from 0 and mixing"):
         LearnOptions(**fields)
 
 
