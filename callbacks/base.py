@@ -222,9 +222,15 @@ class ExpertPruning(Callback):
                 gather=[kind for kind in GATHERABLE if kind in needs],
             )
         if not writer.loads:
-            writer.loads = {k: s.count for k, s in observation.layers.items()}
+            if self.sees_all_experts:
+                writer.loads = {k: s.count for k, s in observation.layers.items()}
             self._note_unrouted(writer, observation)
         return observation
+
+    @property
+    def sees_all_experts(self) -> bool:
+        """Whether no expert is gone or hidden from what is observed next."""
+        return True
 
     def _observe_gradients(self, trainer: Trainer, module: MoEModule) -> GradientObservation | None:
         if "gradients" not in self.criterion.needs:
@@ -243,6 +249,8 @@ class ExpertPruning(Callback):
 
     def _note_unrouted(self, writer: ReportWriter, seen: Observation | GradientObservation) -> None:
         writer.report.calibration.tokens = seen.tokens
+        if not self.sees_all_experts:
+            return
         writer.report.unrouted = {k: list(v) for k, v in seen.unrouted.items()}
         if seen.unrouted:
             num = sum(map(len, seen.unrouted.values()))

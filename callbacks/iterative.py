@@ -97,6 +97,7 @@ class IterativePruning(ExpertPruning):
     def _start(self) -> None:
         self._keep: list[dict[str, int] | int] = []
         self._steps: list[int] = []
+        self._one_pass: int | None = None
         self._round = 0
         self._ended = 0
         self._tokens = 0
@@ -271,6 +272,7 @@ class IterativePruning(ExpertPruning):
             self._keep = [*counts_per_round(sites, counts, self.rounds)]
         data = None if self.fine_tuning is None else training_data(trainer)
         self._steps = steps_per_round(self.fine_tuning, len(self._keep), data)
+        self._one_pass = None if data is None else data.steps_per_epoch
         if self.fine_tuning is not None:
             set_max_steps(trainer, sum(self._steps))
 
@@ -372,8 +374,15 @@ class IterativePruning(ExpertPruning):
     def _note_training(self, trainer: Trainer, left: int) -> None:
         tokens, done = self.tokens_trained(trainer), trainer.global_step
         name = self.criterion.name
-        sentence = training_sentence(self._steps, done, tokens, left=left, name=name)
+        sentence = training_sentence(
+            self._steps, done, tokens, left=left, name=name, one_pass=self._one_pass
+        )
         report_writer(trainer).report.warnings.append(sentence)
+
+    @property
+    def sees_all_experts(self) -> bool:
+        """Whether no expert is gone or hidden: only in the first round."""
+        return self._round == 0
 
     def tokens_trained(self, trainer: Trainer) -> int:
         """Return the tokens that all ranks were trained on so far. Collective."""

@@ -30,7 +30,15 @@ def write_rounds(trainer: Trainer, steps: Sequence[int], records: Sequence[dict[
         (writer.folder / ROUNDS_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def training_sentence(steps: Sequence[int], done: int, tokens: int, *, left: int, name: str) -> str:
+def training_sentence(
+    steps: Sequence[int],
+    done: int,
+    tokens: int,
+    *,
+    left: int,
+    name: str,
+    one_pass: int | None = None,
+) -> str:
     """Return how much training the rounds had in all.
 
     Args:
@@ -39,11 +47,14 @@ def training_sentence(steps: Sequence[int], done: int, tokens: int, *, left: int
         tokens: that all ranks were trained on.
         left: rounds that training ended before.
         name: of the criterion.
+        one_pass: steps of one pass over the training text, if known.
     """
     sentence = (
         f"{len(steps)} rounds of dropping by {name}, fine-tuned on {tokens:,} tokens in total "
         f"({done:,} steps)"
     )
+    if one_pass is not None and done > one_pass:
+        sentence += f", which repeated the training text: {done / one_pass:.1f} passes"
     idle = sum(number == 0 for number in steps)
     if left or idle:
         sentence += f"; training ended early: {max(left, idle)} rounds had none after them"

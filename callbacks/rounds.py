@@ -159,9 +159,10 @@ def totals_per_round(everyone: int, final: int, rounds: int | None) -> list[int]
     going = everyone - final
     if rounds is None or rounds < 1 or going % rounds:
         fits = [n for n in range(1, min(going, 64) + 1) if going % n == 0]
+        said = "is no number of rounds for" if rounds is None else "does not divide"
         raise LitMoEError(
-            f"rounds={rounds} does not divide the {going} of {everyone} experts that a global "
-            f"ranking drops; rounds can be {', '.join(map(str, fits))}"
+            f"rounds={rounds} {said} the {going} of {everyone} experts that a global ranking "
+            f"drops; rounds can be {', '.join(map(str, fits))}"
         )
     return [everyone - going * r // rounds for r in range(1, rounds + 1)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +13,19 @@ from typing import Any
 import lightning as L
 import torch
 from lightning import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers import PreTrainedModel
 
 from lit_moe.callbacks import IterativePruning, ReportWriter
+from lit_moe.callbacks.rounds import TrainingData, steps_per_round
 from lit_moe.compare.options import CompareOptions, Line
 from lit_moe.compare.stations import Way, budget_of
 from lit_moe.compare.text import ComparedText
 from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
+
+_TERMINATED = 128 + 15
+"""Status of a process that SIGTERM ended."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,36 @@ def play(
         module = MoEModule(
             model_name_or_path=model, dtype=options.dtype, optimizer=replace(options.optimizer)
         )
+        _fit(trainer, module, text)
+
+
+def check_training(options: CompareOptions, text: ComparedText, ways: Iterable[Way]) -> None:
+    """Refuse lotteries that want more text than there is.
+
+    Args:
+        options: of the comparison.
+        text: that lotteries are trained on.
+        ways: their rounds.
+
+    Raises:
+        LitMoEError: see :func:`lit_moe.callbacks.rounds.steps_per_round`.
+    """
+    if "lottery" not in options.procedures:
+        return
+    tokens = options.text.sequence_length * options.text.batch_size
+    data = TrainingData(tokens_per_step=tokens, steps_per_epoch=len(text.train_dataloader()))
+    for way in ways:
+        steps_per_round(options.fine_tuning, len(way.keep), data)
+
+
+def _fit(trainer: Trainer, module: MoEModule, text: ComparedText) -> None:
+    """Train; end the process where lightning would take SIGTERM for the end of the training."""
+    try:
         trainer.fit(module, datamodule=text)
+    except SIGTERMException:
+        raise SystemExit(_TERMINATED) from None
+    if trainer.received_sigterm:
+        raise SystemExit(_TERMINATED)
 
 
 def _pruning(

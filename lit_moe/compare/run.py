@@ -31,6 +31,7 @@ from lit_moe.compare.cells import (
 from lit_moe.compare.claims import Claims
 from lit_moe.compare.findings import Found
 from lit_moe.compare.grid import Grid
+from lit_moe.compare.lottery import check_training
 from lit_moe.compare.options import CompareOptions, Line, default_tokenizer
 from lit_moe.compare.present import write_all
 from lit_moe.compare.store import CellStore
@@ -60,6 +61,7 @@ def compare(options: CompareOptions, *, progress: bool = False) -> Found:
     check_same_shape(options.models)
     text = ComparedText(options.text, default_tokenizer(options))
     grid = Grid(options, text)
+    check_training(options, text, grid.ways.values())
     folder = Path(options.output)
     settings = settings_of(options, text)
     store = CellStore(folder / STORE_NAME, settings, when_other=options.when_changed)

@@ -3,6 +3,7 @@
 import pytest
 
 from lit_moe.adapters.site import MoESite
+from lit_moe.callbacks.round_records import training_sentence
 from lit_moe.callbacks.rounds import (
     FineTuning,
     TrainingData,
@@ -54,7 +55,7 @@ def test_a_global_ranking_shares_its_total():
     assert totals_per_round(32, 20, 3) == [28, 24, 20]
     with pytest.raises(LitMoEError, match=r"rounds=5 .* the 12 of 32 .* can be 1, 2, 3, 4, 6, 12"):
         totals_per_round(32, 20, 5)
-    with pytest.raises(LitMoEError, match="rounds=None does not divide"):
+    with pytest.raises(LitMoEError, match="rounds=None is no number of rounds for the 12 of 32"):
         totals_per_round(32, 20, None)
 
 
@@ -109,3 +110,10 @@ def test_tokens_of_data_without_a_length_are_refused():
 def test_impossible_fields_are_refused(fields, message):
     with pytest.raises(LitMoEError, match=message):
         FineTuning(**fields)
+
+
+def test_text_that_was_repeated_is_said():
+    once = training_sentence([10, 20], 30, 960, left=0, name="ean", one_pass=30)
+    assert once.endswith("fine-tuned on 960 tokens in total (30 steps)")
+    again = training_sentence([10, 20], 30, 960, left=0, name="ean", one_pass=12)
+    assert again.endswith("(30 steps), which repeated the training text: 2.5 passes")

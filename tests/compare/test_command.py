@@ -13,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_moe import cli
+from lit_moe.compare import lottery
 from lit_moe.compare.options import CompareOptions
 from lit_moe.option_commands import parsed
 
@@ -201,3 +202,22 @@ def test_lists_are_given_as_yaml_on_the_command_line():
     words = [f"--config={CONFIG}", "--criteria", "[reap, random]", "--seeds", "[7]"]
     options = parsed(CompareOptions, words, prog="lit-moe compare")
     assert (options.criteria, options.seeds) == (["reap", "random"], [7])
+
+
+def test_more_training_than_text_is_refused_before_anything_is_measured(words, tmp_path, capsys):
+    options = ["--procedures=[one_shot,lottery]", "--fine_tuning.first=50000000"]
+    options += ["--fine_tuning.when_data_ends=error"]
+    assert cli.main([*words, *options]) == 2
+    assert "but one pass over the training text has" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cells.jsonl").exists()
+
+
+def test_a_lottery_that_is_told_to_end_does_not_look_finished(words, tmp_path, monkeypatch):
+    def told(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(lottery._StationedPruning, "on_round_end", told)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--procedures=[lottery]", "--seeds=[0]"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "out" / "report.md").exists()
