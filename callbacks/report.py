@@ -126,6 +126,8 @@ class ReportWriter(Callback):
             return
         self.report.status = "interrupted"
         self.write()
+        if not self.report.quality and self.report.search is None:
+            return  # refused, or ended before anything was found
         Console(stderr=True).print(
             f"interrupted; what was found is in {self.folder / JSON_NAME}", soft_wrap=True
         )

@@ -235,6 +235,9 @@ def _override(callbacks: list[Any], name: str, field: str, value: object) -> Non
     if "init_args" not in classes[name]:
         classes[name]["init_args"] = Namespace()
     given = classes[name].init_args
+    if inner and _is_dict(classes[name].class_path, first):
+        given[first] = {**(given.get(first) or {}), inner: value}
+        return
     kind = _dataclass_of(classes[name].class_path, first)
     if kind is None or not (inner or isinstance(value, dict)):
         _check_known(f"--{name}.{field}", inner or first, [] if inner else known)
@@ -260,13 +263,22 @@ def _check_known(option: str, field: str, known: list[str]) -> None:
 
 def _dataclass_of(class_path: str, field: str) -> type[Any] | None:
     """Return the dataclass that is the type of an argument of a class, None if it is none."""
-    module, _, name = class_path.rpartition(".")
-    owner = getattr(import_module(module), name)
-    kind = typing.get_type_hints(owner.__init__).get(field)
-    for candidate in (kind, *typing.get_args(kind)):
+    for candidate in _types_of(class_path, field):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return candidate
     return None
+
+
+def _is_dict(class_path: str, field: str) -> bool:
+    """Whether an argument of a class takes a dictionary with keys of its own."""
+    return any(typing.get_origin(kind) is dict for kind in _types_of(class_path, field))
+
+
+def _types_of(class_path: str, field: str) -> tuple[Any, ...]:
+    module, _, name = class_path.rpartition(".")
+    owner = getattr(import_module(module), name)
+    kind = typing.get_type_hints(owner.__init__).get(field)
+    return (kind, *typing.get_args(kind))
 
 
 def one_sentence(message: str, known: list[str]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lit_moe.errors import CalibrationError
 from lit_moe.sharding.partitions import gathering
 
 
@@ -36,7 +37,22 @@ def body_inputs(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(inspect.signature(model.base_model.forward).parameters)
 
 
+def check_readable(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs that a model cannot begin with.
+
+    Raises:
+        CalibrationError: naming what it reads.
+    """
+    names = {"input_ids", model.main_input_name}
+    if not names & inputs.keys():
+        raise CalibrationError(
+            f"{type(model).__name__} reads {' or '.join(sorted(names))}, but a batch has only "
+            f"{sorted(inputs)} of what is passed on"
+        )
+
+
 def run_body(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
     """Run the model without its head, and without keeping keys and values for a generation."""
+    check_readable(model, inputs)
     options = {"use_cache": False} if "use_cache" in body_inputs(model) else {}
     return model.base_model(**inputs, **options)

@@ -72,6 +72,10 @@ def test_a_misspelt_key_names_the_nearest_in_one_line(key, message, capsys, monk
         (["--OneShotPruning.plan=nope.json"], "nope.json does not exist"),
         (["--OneShotPruning.budget={keep_experts: 4}"], "keep_ratio: null"),
         (["--ExpertMonitor.every_n_steps=2"], "has no callback ExpertMonitor"),
+        (
+            ["--OneShotPruning.criterion=ean", "--OneShotPruning.criterion_options.direction=down"],
+            "direction='down' is unknown; use 'paper' or 'opposite'",
+        ),
         (["--data.init_args.batch_size=0"], "batch_size=0"),
     ],
 )
@@ -83,8 +87,10 @@ def test_a_wrong_value_from_yaml_or_the_command_line_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     config = f"{here}configs/one_shot/reap.yaml"
     assert cli.main(["fit", "--config", config, *words]) == 2
-    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    said = capsys.readouterr().err.splitlines()
+    (sentence,) = [line for line in said if "error:" in line]
     assert message in sentence
+    assert not any("what was found" in line for line in said)  # nothing was
 
 
 @pytest.mark.parametrize(

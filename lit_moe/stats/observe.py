@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lit_moe.adapters import find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import CalibrationError, LitMoEError
-from lit_moe.inference import evaluating
+from lit_moe.inference import check_readable, evaluating
 from lit_moe.stats.collected import Collected
 from lit_moe.stats.observation import Gathered, Observation
 from lit_moe.stats.tap import TokenMask, tapped
@@ -74,6 +74,7 @@ def _run(
     mask, checked = TokenMask(), False
     for batch in batches:
         inputs = model_inputs(batch, model.device)
+        check_readable(model, inputs)
         if not checked:
             _check_undisturbed(model, sites, _start(inputs))
             checked = True

@@ -161,6 +161,13 @@ def test_vocabulary_without_ids_is_refused():
         sums.add_probabilities(layers[0].name, torch.ones(5, 8), None, None)
 
 
+def test_batches_without_anything_to_read_are_refused():
+    model = tiny_moe("mixtral")
+    embedded = torch.randn(2, 8, model.config.hidden_size)
+    with pytest.raises(CalibrationError, match=r"MixtralForCausalLM reads input_ids, .* only \[\]"):
+        observe(model, [{"inputs_embeds": embedded}])
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(LitMoEError, match="cannot gather 'pair'; there are pairs, vocabulary, out"):
         observe(tiny_moe("mixtral"), [], gather=["pair"])  # type: ignore[list-item]
