@@ -19,8 +19,8 @@ from lit_moe.sparsity.patterns import Pattern
 from lit_moe.sparsity.sparsegpt import sparsegpt
 
 MATRICES = ("gate", "up", "down")
-_CACHED = 2**17
-"""Weights that are scored at once: half a megabyte in float32."""
+_CACHED = 2**16
+"""Weights that are scored at once: a quarter of a megabyte in float32."""
 _FACTOR_BYTES = 2**31
 """Experts are factored together as long as their matrices of products stay below this."""
 
@@ -120,8 +120,8 @@ def _scored(
     pattern: Pattern,
     routed: list[int],
 ) -> Tensor:
-    """Some rows of one expert at a time, which stay in the cache of a CPU core."""
-    keep = torch.ones(weight_EOD.shape, dtype=torch.bool, device=weight_EOD.device)
+    """Some rows of one expert at a time, which stay in the cache; not filled for the unrouted."""
+    keep = torch.empty(weight_EOD.shape, dtype=torch.bool, device=weight_EOD.device)
     at_once = max(1, _CACHED // weight_EOD.shape[2])
     for expert in routed:
         squares_D = None if moments is None else moments.of(matrix)[expert]

@@ -9,14 +9,11 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from lit_moe.errors import LitMoEError
+from lit_moe.sparsity.selection import without_smallest, without_smallest_of_groups
 
-_COMPARED = 16
-"""Up to so many weights per group are ranked by comparing all pairs, which beats sorting."""
 _BLOCK = 128
 """Columns that SparseGPT decides on at once, as in its paper."""
 
@@ -79,12 +76,12 @@ class RatioPattern:
 
     def keep(self, scores: Tensor) -> Tensor:
         """See :class:`Pattern`."""
-        return _without_smallest(scores, self.zeros(scores.shape[-1]))
+        return without_smallest(scores, self.zeros(scores.shape[-1]))
 
     def keep_columns(self, scores: Tensor, start: int, width: int) -> Tensor:
         """See :class:`Pattern`; each part of a row bears its share."""
         total, stop = self.zeros(width), start + scores.shape[-1]
-        return _without_smallest(scores, total * stop // width - total * start // width)
+        return without_smallest(scores, total * stop // width - total * start // width)
 
     def columns(self) -> int:
         """See :class:`Pattern`."""
@@ -126,10 +123,7 @@ class GroupPattern:
 
     def keep(self, scores: Tensor) -> Tensor:
         """See :class:`Pattern`."""
-        grouped = scores.unflatten(-1, (-1, self.group))
-        if self.group <= _COMPARED:
-            return _rank_in_groups(grouped).ge_(self.num_zeros).bool().flatten(-2)
-        return _without_smallest(grouped, self.num_zeros).flatten(-2)
+        return without_smallest_of_groups(scores, self.num_zeros, self.group)
 
     def keep_columns(self, scores: Tensor, start: int, width: int) -> Tensor:
         """See :class:`Pattern`; ``start`` and the number of columns are multiples of M."""
@@ -183,38 +177,3 @@ def _parse_groups(pattern: object) -> GroupPattern:
             f"and below M, for instance {max(group // 2, 1)}:{max(group, 2)}"
         )
     return GroupPattern(num_zeros, group)
-
-
-def _rank_in_groups(grouped: Tensor) -> Tensor:
-    """Return how many of its group come before each entry, shape as given, uint8."""
-    members = grouped.movedim(-1, 0).contiguous()
-    rank = torch.zeros(members.shape, dtype=torch.uint8, device=members.device)
-    for first in range(len(members)):
-        for second in range(first + 1, len(members)):
-            is_less = members[second] < members[first]
-            rank[first] += is_less
-            rank[second] += ~is_less
-    return rank.movedim(0, -1).contiguous()
-
-
-def _without_smallest(scores: Tensor, count: int) -> Tensor:
-    """Return False for exactly ``count`` entries of each row: the smallest, then the first."""
-    if count == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    limit = _kth_smallest(scores, count)
-    keep = scores > limit
-    surplus = (~keep).sum(dim=-1) - count
-    if bool(surplus.any()):  # several entries are equal to the limit
-        rows = surplus > 0
-        order = scores[rows].argsort(dim=-1, stable=True)
-        keep[rows] = torch.ones_like(keep[rows]).scatter_(-1, order[..., :count], False)
-    return keep
-
-
-def _kth_smallest(scores: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest entry (from 1) of each row, shape ``(..., 1)``."""
-    if not scores.is_cpu:
-        return scores.kthvalue(k, dim=-1, keepdim=True).values
-    # On a CPU, numpy selects six times faster than torch.
-    selected = np.partition(scores.numpy(), k - 1, axis=-1)[..., k - 1 : k]
-    return torch.from_numpy(np.ascontiguousarray(selected))
