@@ -143,6 +143,18 @@ def test_a_run_resumed_within_and_between_rounds_equals_one_that_was_not_stopped
     assert second.report.warnings == first.report.warnings
 
 
+def test_hidden_experts_are_not_reported_as_unrouted_after_a_resume(run, tmp_path):
+    saved, fields = str(tmp_path / "middle.ckpt"), {"keep_ratio": 0.25, "rounds": 3}
+    run(IterativePruning("ean", **fields, fine_tuning=steps(2)), Watch(3, saved))
+    hidden = torch.load(saved, weights_only=False)["callbacks"]["IterativePruning"]["mask"]
+    assert KeepPlan.from_dict(hidden).counts == dict.fromkeys(LAYERS, 4)
+    again = IterativePruning("ean", **fields, fine_tuning=steps(2))
+    _, _, writer = run(again, resume_from=saved)
+    assert writer.report.calibration.tokens > 0  # round 3 was estimated in this process
+    assert writer.report.unrouted == {}
+    assert not any("saw none" in warning for warning in writer.report.warnings)
+
+
 def test_a_checkpoint_of_the_end_resumes_and_tests_as_the_small_model(
     run, tmp_path, checkpoint, make_data, make_trainer
 ):
