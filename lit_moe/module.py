@@ -135,12 +135,6 @@ class MoEModule(TaughtModule):
                 "where experts cannot be pruned and random weights become NaN; take strategy: "
                 "zero1, zero2, zero3, or class_path: lit_moe.sharding.MoEDeepSpeed"
             )
-        trained = self.optimizer_config.trained
-        if trained != "all" and getattr(strategy, "stage", 0) == 3:
-            raise LitMoEError(
-                f"optimizer.trained: {trained} freezes weights that DeepSpeed's stage 3 then does "
-                "not gather in the backward pass; take strategy: zero2, zero1 or ddp, or train all"
-            )
 
     def _check_checkpoint(self) -> None:
         """Let all ranks go on from the same step, or none."""

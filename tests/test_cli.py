@@ -93,30 +93,18 @@ def test_a_wrong_value_from_yaml_or_the_command_line_is_one_sentence(
     assert not any("what was found" in line for line in said)  # nothing was
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            ["--trainer.strategy=deepspeed_stage_3"],
-            "strategy DeepSpeedStrategy builds models inside deepspeed.zero.Init, where experts "
-            "cannot be pruned and random weights become NaN; take strategy: zero1, zero2, zero3, ",
-        ),
-        (
-            ["--trainer.strategy=zero3", "--model.init_args.optimizer.trained=routers"],
-            "optimizer.trained: routers freezes weights that DeepSpeed's stage 3 then does not ",
-        ),
-    ],
-)
-def test_a_strategy_that_cannot_prune_is_refused_before_it_is_set_up(
-    words, message, capsys, monkeypatch
-):
+def test_a_strategy_that_cannot_prune_is_refused_before_it_is_set_up(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lit-moe"])
     monkeypatch.setattr(DeepSpeedStrategy, "setup_environment", lambda _: pytest.fail("set up"))
-    options = ["--config=configs/one_shot/reap.yaml", "--trainer.accelerator=cpu"]
-    assert cli.main(["fit", *options, "--trainer.devices=1", *words]) == 2
+    words = ["--config=configs/one_shot/reap.yaml", "--trainer.accelerator=cpu"]
+    words += ["--trainer.devices=1", "--trainer.strategy=deepspeed_stage_3"]
+    assert cli.main(["fit", *words]) == 2
     error = capsys.readouterr().err
     (sentence,) = [line for line in error.splitlines() if "error:" in line]
-    assert sentence.startswith(f"lit-moe: error: {message}")
+    assert sentence.startswith(
+        "lit-moe: error: strategy DeepSpeedStrategy builds models inside deepspeed.zero.Init, "
+        "where experts cannot be pruned and random weights become NaN; take strategy: zero1, zero2"
+    )
     assert "Traceback" not in error
 
 

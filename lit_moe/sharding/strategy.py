@@ -20,12 +20,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.distributed import default_pg_timeout
+from torch.utils.hooks import RemovableHandle
 
 from lit_moe.errors import LitMoEError
 from lit_moe.resuming import CheckpointHeader, precision_in, read_header
 from lit_moe.sharding.checkpoints import check_sharded, written_together
 from lit_moe.sharding.environment import DeepSpeedLauncherEnvironment
 from lit_moe.sharding.frozen import load_untrained, without_teacher
+from lit_moe.sharding.leaves import let_inputs_take_gradients
 from lit_moe.sharding.memory import share_master_weights
 from lit_moe.sharding.partitions import mark_managed, mark_released
 from lit_moe.sharding.rendezvous import have_patience, meet
@@ -80,6 +82,7 @@ class MoEDeepSpeed(DeepSpeedStrategy):
             raise LitMoEError(f"config={config!r} cannot be taken: {error}") from error
         self.shard_on_load = shard_on_load
         self.patience = patience
+        self._block_hooks: list[RemovableHandle] = []
         if shard_on_load and not self.zero_stage_3:
             raise LitMoEError(
                 "shard_on_load=true spreads parameters over ranks, which only stage 3 does; "
@@ -223,6 +226,8 @@ class MoEDeepSpeed(DeepSpeedStrategy):
         super()._initialize_deepspeed_train(model)
         have_patience(self._patience_later)
         share_master_weights(self.deepspeed_engine.optimizer)
+        if self.zero_stage_3:
+            self._block_hooks = let_inputs_take_gradients(model)  # in front of the engine's own
         mark_managed(model)
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
@@ -242,6 +247,8 @@ class MoEDeepSpeed(DeepSpeedStrategy):
         """
         if isinstance(self.model, nn.Module) and self.model is not self.lightning_module:
             self.deepspeed_engine.destroy()
+            while self._block_hooks:
+                self._block_hooks.pop().remove()
             self.model = self.lightning_module
             mark_released(self._module)
 

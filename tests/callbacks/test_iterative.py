@@ -144,12 +144,14 @@ def test_a_run_resumed_within_and_between_rounds_equals_one_that_was_not_stopped
 
 
 def test_hidden_experts_are_not_reported_as_unrouted_after_a_resume(run, tmp_path):
-    saved, fields = str(tmp_path / "middle.ckpt"), {"keep_ratio": 0.25, "rounds": 3}
-    run(IterativePruning("ean", **fields, fine_tuning=steps(2)), Watch(3, saved))
+    def pruning():
+        return IterativePruning("ean", keep_ratio=0.25, rounds=3, fine_tuning=steps(2))
+
+    saved = str(tmp_path / "middle.ckpt")
+    run(pruning(), Watch(3, saved))
     hidden = torch.load(saved, weights_only=False)["callbacks"]["IterativePruning"]["mask"]
     assert KeepPlan.from_dict(hidden).counts == dict.fromkeys(LAYERS, 4)
-    again = IterativePruning("ean", **fields, fine_tuning=steps(2))
-    _, _, writer = run(again, resume_from=saved)
+    _, _, writer = run(pruning(), resume_from=saved)
     assert writer.report.calibration.tokens > 0  # round 3 was estimated in this process
     assert writer.report.unrouted == {}
     assert not any("saw none" in warning for warning in writer.report.warnings)

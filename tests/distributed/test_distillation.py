@@ -4,12 +4,17 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoTokenizer
 
+from lit_moe.assets import model_folder
 from lit_moe.callbacks import OneShotPruning, ReportWriter, WeightPruning
 from lit_moe.distill.recovery import RecoveryLoss
 from lit_moe.module import LossWeights
-from tests.distributed.runs import some
+from lit_moe.sharding.partitions import stream_whole
+from lit_moe.testing import tiny_moe
+from tests.distributed.runs import Losses, Setup, some, strategy_of
 
 pytestmark = pytest.mark.distributed
 MODES = some(["ddp", "zero2", "zero3"], ["zero1"])
@@ -55,20 +60,8 @@ def alone(setup, task):
     return KNOWN[task]
 
 
-def cases(modes, tasks):
-    """Every mode with every task but the one that ZeRO-3 refuses, which has a test of its own."""
-    marked = [
-        (*case.values, case.marks) if hasattr(case, "values") else (case, ()) for case in modes
-    ]
-    return [
-        pytest.param(mode, task, marks=marks)
-        for mode, marks in marked
-        for task in tasks
-        if (mode, task) != ("zero3", "routers alone")
-    ]
-
-
-@pytest.mark.parametrize(("mode", "task"), cases(MODES, TASKS))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("task", TASKS)
 def test_six_steps_have_the_losses_of_one_process(setup, mode, task):
     ranks = setup.fit(mode, callbacks=recipe(**TASKS[task]), max_steps=6)
     assert ranks[0] == ranks[1]
@@ -93,10 +86,8 @@ def keeping(path):
     )
 
 
-@pytest.mark.parametrize(
-    ("mode", "task"),
-    cases(some(["single", "zero3"], ["ddp", "zero2"]), ["2:4, forced", "routers alone"]),
-)
+@pytest.mark.parametrize("mode", some(["single", "zero3"], ["ddp", "zero2"]))
+@pytest.mark.parametrize("task", ["2:4, forced", "routers alone"])
 def test_a_resumed_run_goes_on_with_the_same_losses(setup, mode, task):
     folder, run = setup.folder / "checkpoints", {"max_steps": 6, "enable_checkpointing": True}
     losses = setup.fit(mode, callbacks=recipe(keeping(folder), **TASKS[task]), **run)[0]
@@ -109,6 +100,63 @@ def test_a_resumed_run_goes_on_with_the_same_losses(setup, mode, task):
     assert resumed == pytest.approx(losses[3:], rel=1e-5)
 
 
-def test_routers_alone_are_not_trained_under_stage_3(setup):
-    with pytest.raises(RuntimeError, match="not gather in the backward pass; take strategy"):
-        setup.fit("zero3", callbacks=recipe(**TASKS["routers alone"]), max_steps=1)
+class Untouched(L.Callback):
+    """Keeps the weights as they are before the first step."""
+
+    def on_train_start(self, _, module):
+        self.weights = whole_weights(module)
+
+
+def whole_weights(module):
+    """Every tensor of the student by name, on every rank. Collective."""
+    return {name: tensor.detach().clone() for name, tensor in stream_whole(module.model)}
+
+
+def trained_routers(setup, mode, **options):
+    """Three steps of the routers alone: losses, names of what changed, weights afterwards."""
+
+    def look(trainer, module):
+        (losses,) = [c.values for c in trainer.callbacks if isinstance(c, Losses)]
+        (before,) = [c.weights for c in trainer.callbacks if isinstance(c, Untouched)]
+        after = whole_weights(module)
+        changed = [name for name in after if not torch.equal(before[name], after[name])]
+        return losses, changed, after
+
+    callbacks = recipe(Untouched, **TASKS["routers alone"])
+    return setup.fit(mode, callbacks=callbacks, max_steps=3, look=look, **options)
+
+
+def check_routers_alone(setup, mode, **options):
+    """Compare a run on ranks with one process, and see that it changed every router, no more."""
+    ((losses, changed, weights),) = trained_routers(setup, "single")
+    assert changed
+    assert all("gate" in name or "router" in name for name in changed)
+    for rank in trained_routers(setup, mode, **options):
+        assert rank[0] == pytest.approx(losses, rel=1e-5)
+        assert rank[1] == changed
+        for name in changed:
+            torch.testing.assert_close(rank[2][name], weights[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", some(["zero3"], ["ddp", "zero1", "zero2", "zero3-sharded-load"]))
+def test_routers_alone_change_as_in_one_process_and_nothing_else_does(setup, mode):
+    check_routers_alone(setup, mode)
+
+
+def keeping_small_weights_whole():
+    strategy = strategy_of("zero3")
+    del strategy._content["zero_optimization"]["stage3_param_persistence_threshold"]
+    return strategy
+
+
+@pytest.mark.slow
+def test_the_first_router_learns_where_stage_3_keeps_it_whole(setup):
+    check_routers_alone(setup, "zero3", strategy=keeping_small_weights_whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "gpt_oss"])
+def test_routers_alone_change_in_other_families(family, chapters, tmp_path):
+    tiny_moe(family, vocab_size=1024).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(model_folder()).save_pretrained(tmp_path / "model")
+    check_routers_alone(Setup(tmp_path / "model", chapters, tmp_path), "zero3")
