@@ -69,8 +69,15 @@ def test_resumed_within_an_epoch(quiet, original, mode, step):
 @pytest.mark.parametrize(
     "mode", some(["single", "zero3"], ["ddp", "zero1", "zero2", "zero3-sharded-load"])
 )
-@pytest.mark.parametrize("ends", [{"max_steps": 20}, {"max_steps": -1, "max_epochs": 2}])
-@pytest.mark.parametrize("validation", [0, 1])
+@pytest.mark.parametrize(
+    ("ends", "validation"),
+    [
+        ({"max_steps": 20}, 0),
+        ({"max_steps": -1, "max_epochs": 2}, 1),
+        pytest.param({"max_steps": 20}, 1, marks=pytest.mark.slow),
+        pytest.param({"max_steps": -1, "max_epochs": 2}, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_at_the_end_of_an_epoch(quiet, mode, ends, validation):
     options = {**TASK, **ends, "limit_val_batches": validation}
     at_the_end = {} if validation else {"save_on_train_epoch_end": True}
