@@ -53,6 +53,7 @@ def recovered(recipe: str, family: str, seed: int, rate: float) -> Result:
             "model.init_args.model_name_or_path": model,
             "model.init_args.optimizer.learning_rate": rate,
             "data.init_args.batch_size": BLOCKS,
+            "data.init_args.seed": seed if model == family else 0,
             "trainer.max_steps": STEPS,
             "trainer.default_root_dir": folder,
         }

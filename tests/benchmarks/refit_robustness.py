@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tests.benchmarks.refit_bench import CALIBRATION
 from tests.benchmarks.refit_parts import PAIRS
 from tests.benchmarks.refit_smollm2 import NAME, PLANS
 from tests.benchmarks.refit_store import Result, Store
@@ -63,9 +62,13 @@ def smollm2(store: Store) -> str:
         before = {"keep": keep, "teacher": None}
         cells.append((f"{keep:.0%}", "before", before))
         cells += [
-            (f"{keep:.0%}", f"refit towards the {t} model", _settings(k, t))
-            for k, t in PLANS
-            if k == keep
+            (
+                f"{keep:.0%}",
+                f"refit towards the {teacher} model, {tokens:,} tokens",
+                {"keep": keep, "teacher": teacher, "tokens": tokens},
+            )
+            for one, teacher, tokens in PLANS
+            if one == keep
         ]
     rows = []
     for kept, what, settings in cells:
@@ -77,10 +80,6 @@ def smollm2(store: Store) -> str:
             rows.append([kept, what, f"{cell['perplexity']:.1f}", capitals, left, seconds])
     header = ["experts kept", "", "perplexity", "capitals", "layers left as they were", "seconds"]
     return markdown(header, rows)
-
-
-def _settings(keep: float, teacher: str) -> dict[str, Any]:
-    return {"keep": keep, "teacher": teacher, "tokens": CALIBRATION}
 
 
 def never_worse(store: Store) -> str:

@@ -28,8 +28,17 @@ from tests.benchmarks.refit_store import Result, Store
 NAME = "smollm2_split"
 TEST = 4096
 ROWS = 8
-PLANS = ((0.5, "split"), (0.75, "split"), (0.5, "dense"), (0.75, "dense"), (1.0, "dense"))
-"""Fraction of experts kept, and which model the refit goes towards, the most telling first."""
+MANY = 65536
+PLANS = (
+    (0.5, "split", MANY),
+    (0.75, "split", MANY),
+    (0.75, "split", CALIBRATION),
+    (0.5, "split", CALIBRATION),
+    (0.75, "dense", CALIBRATION),
+    (0.5, "dense", CALIBRATION),
+    (1.0, "dense", CALIBRATION),
+)
+"""Fraction of experts kept, the model that the refit goes towards, tokens; most telling first."""
 
 
 def smollm2(store: Store) -> None:
@@ -42,13 +51,13 @@ def smollm2(store: Store) -> None:
     store.measure(lambda: split.quality(split.dense), NAME, "smollm2", keep="dense")
     for keep in (1.0, 0.5, 0.75):
         store.measure(partial(split.before, keep), NAME, "smollm2", keep=keep, teacher=None)
-    for keep, teacher in PLANS:
+    for keep, teacher, tokens in PLANS:
         store.measure(
-            partial(split.refitted, keep, teacher),
+            partial(split.refitted, keep, teacher, tokens),
             *(NAME, "smollm2"),
             keep=keep,
             teacher=teacher,
-            tokens=CALIBRATION,
+            tokens=tokens,
         )
 
 
@@ -94,19 +103,17 @@ class _Split:
     def before(self, keep: float) -> Result:
         return self.quality(self.student(keep))
 
-    def refitted(self, keep: float, teacher: str) -> Result:
-        student = self.student(keep)
-        folder = self._store.path.parent / f"{NAME}-{keep}-{teacher}"
+    def refitted(self, keep: float, teacher: str, tokens: int) -> Result:
+        student, batches = self.student(keep), self._calibration(tokens)
+        folder = self._store.path.parent / f"{NAME}-{keep}-{teacher}-{tokens}"
         report, seconds = timed(
-            lambda: refit(
-                student, getattr(self, teacher), self._calibration(), progress_folder=folder
-            )
+            lambda: refit(student, getattr(self, teacher), batches, progress_folder=folder)
         )
         return {**self.quality(student), "seconds": seconds, **summary(report)}
 
     def _plan(self, keep: float) -> KeepPlan:
         def choose() -> Result:
-            stats = lit_moe.observe(self.split, self._calibration())
+            stats = lit_moe.observe(self.split, self._calibration(CALIBRATION))
             scores = lit_moe.score(stats, "frequency")
             return {
                 str(ratio): lit_moe.select(scores, keep_ratio=ratio).to_dict()
@@ -120,19 +127,19 @@ class _Split:
     def _model(self, which: str) -> PreTrainedModel:
         return build_model(str(self._folders[which]), dtype="float32").requires_grad_(False)
 
-    def _text(self) -> TextDataModule:
+    def _text(self, tokens: int = CALIBRATION) -> TextDataModule:
         return TextDataModule(
             calibration_files=[str(text_file("calibration"))],
             sequence_length=BLOCK,
             batch_size=ROWS,
-            calibration_tokens=CALIBRATION,
+            calibration_tokens=tokens,
             test_tokens=TEST,
             tokenizer=str(self._folders["split"]),
         )
 
-    def _calibration(self) -> Batches:
-        blocks = self._text().blocks("calibration")
-        assert len(blocks) * BLOCK == CALIBRATION
+    def _calibration(self, tokens: int) -> Batches:
+        blocks = self._text(tokens).blocks("calibration")
+        assert len(blocks) * BLOCK == tokens
         return [
             {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
             for batch in DataLoader(blocks, batch_size=ROWS)
