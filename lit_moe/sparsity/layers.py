@@ -5,8 +5,10 @@ E experts, O outputs (rows), D inputs (columns) of a matrix.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -120,14 +122,27 @@ def _scored(
     pattern: Pattern,
     routed: list[int],
 ) -> Tensor:
-    """Some rows of one expert at a time, which stay in the cache; not filled for the unrouted."""
+    """Some rows of one expert at a time, which stay in the cache; not filled for the unrouted.
+
+    Blocks are spread over as many threads as torch may use: numpy, which selects, has one each.
+    """
+    weight_EOD = weight_EOD.detach()  # threads have gradients on
     keep = torch.empty(weight_EOD.shape, dtype=torch.bool, device=weight_EOD.device)
     at_once = max(1, _CACHED // weight_EOD.shape[2])
-    for expert in routed:
+
+    def fill(block: tuple[int, int]) -> None:
+        expert, start = block
         squares_D = None if moments is None else moments.of(matrix)[expert]
-        rows = zip(keep[expert].split(at_once), weight_EOD[expert].split(at_once), strict=True)
-        for keep_OD, weight_OD in rows:
-            keep_OD.copy_(pattern.keep(_scores(weight_OD, squares_D)))
+        rows = slice(start, start + at_once)
+        keep[expert, rows] = pattern.keep(_scores(weight_EOD[expert, rows], squares_D))
+
+    blocks = list(product(routed, range(0, weight_EOD.shape[1], at_once)))
+    if not weight_EOD.is_cpu or torch.get_num_threads() == 1:
+        for block in blocks:
+            fill(block)
+        return keep
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(fill, blocks))
     return keep
 
 
