@@ -44,6 +44,43 @@ def slots_with_room(
     return tokens_S, places_S // num_tokens, rows_S
 
 
+def places_with_room(
+    index_TK: Tensor, priority_T: Tensor | None, capacity: int, num_experts: int, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return who gets which of the ``E * capacity`` places of the experts.
+
+    The same slots find room as in :func:`slots_with_room`, in the same order. Quicker for a few
+    rows: turns are counted, not sorted.
+
+    Args:
+        index_TK: chosen rows, best first, up to ``num_rows``; from E on they have no expert.
+        priority_T: larger first; equal ones in their order. None for the order of the tokens.
+        capacity: tokens that one row serves, C.
+        num_experts: E, of the first rows.
+        num_rows: R.
+
+    Returns:
+        The token at each place, shape ``(E * C + 1,)``, any where a place stays free. The place of
+        each slot, shape ``(K, T)``: from ``e * C`` on those of expert e, ``E * C`` for none.
+
+    >>> places_with_room(torch.tensor([[0], [0], [1]]), torch.tensor([0.1, 0.9, 0.5]), 1, 2, 2)
+    (tensor([1, 2, 0]), tensor([[2, 0, 1]]))
+    """
+    (num_tokens, top_k), device, nowhere = index_TK.shape, index_TK.device, num_experts * capacity
+    order_T = torch.arange(num_tokens, device=device)
+    if priority_T is not None:
+        order_T = torch.argsort(priority_T, descending=True, stable=True)
+    rows_S = index_TK.index_select(0, order_T).T.reshape(-1)
+    is_row_RS = rows_S == torch.arange(num_rows + 1, device=device)[:, None]
+    turn_S = is_row_RS.cumsum(dim=1, dtype=torch.int32).gather(0, rows_S[None])[0]
+    place_S = torch.add(turn_S - 1, rows_S, alpha=capacity)
+    place_S = torch.where(turn_S <= capacity, place_S, nowhere).clamp_(max=nowhere)
+    token_P = order_T.new_zeros(nowhere + 1).scatter_(0, place_S, order_T.repeat(top_k))
+    place_KT = place_S.view(top_k, num_tokens)
+    order_KT = order_T.expand(top_k, num_tokens)
+    return token_P, torch.empty_like(place_KT).scatter_(1, order_KT, place_KT)
+
+
 def capacity_of(num_slots: int, num_rows: int, factor: float) -> int:
     """Return the tokens that one row serves: its equal share of the slots times ``factor``."""
     return max(round(num_slots * factor / max(num_rows, 1)), 1)

@@ -5,9 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from lit_moe.testing.vision import example_images, tiny_vmoe
-from lit_moe.vmoe import modeling
+from lit_moe.vmoe import experts as experts_file
+from lit_moe.vmoe.block import VMoEBlock
 from lit_moe.vmoe.configuration import VMoEConfig
-from lit_moe.vmoe.modeling import VMoEBlock, averaged
+from lit_moe.vmoe.modeling import averaged
 from lit_moe.vmoe.routing import (
     capacity_of,
     choose_tokens,
@@ -157,7 +158,7 @@ def test_what_cannot_be_built_is_refused(fields, words):
 @pytest.mark.parametrize("small", [0, 2**30])
 @pytest.mark.parametrize("slots", ["even", "uneven", "one", "unsorted"])
 def test_both_ways_to_run_experts_are_the_sum_over_slots(small, slots, monkeypatch):
-    monkeypatch.setattr(modeling, "SMALL", small)
+    monkeypatch.setattr(experts_file, "SMALL", small)
     experts = tiny_vmoe().get_submodule("vit.layers.1.mlp.experts")
     generator = torch.Generator().manual_seed(0)
     chosen = {
