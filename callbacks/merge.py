@@ -62,10 +62,12 @@ class ExpertMerging(Callback):
             (or true) or by their ``activations`` on the calibration text.
         segments: DERN instead of averages; then only ``router`` and the amount count.
         protect: layers (``model.layers.0.*``) and experts (``model.layers.3.mlp:1,5``) that stay.
-        max_tokens: of the calibration text that the model reads to compare outputs of all experts.
+        max_tokens: of the calibration text that the model reads to compare outputs of all experts
+            and to learn coefficients.
         effort: calls of experts for that, in multiples of what a plain forward makes; where all
             experts would be more, they see a part of the tokens. null: all.
-        memory_gib: for the comparison, beside the model and one batch's forward.
+        memory_gib: for the comparison, and for what coefficients are learned on, beside the model
+            and one batch's forward; see :class:`lit_moe.grouping.MergeOptions`.
         learn: options of ``coefficients: learned``.
         plan: a merge plan to replay, with ``align`` by weights; then nothing else counts.
     """

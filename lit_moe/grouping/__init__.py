@@ -1,13 +1,13 @@
 """Decides which experts are merged, and with which coefficients."""
 
 from lit_moe.grouping.align import align_ as align_
-from lit_moe.grouping.api import Decision as Decision
-from lit_moe.grouping.api import apply as apply
 from lit_moe.grouping.api import decide as decide
-from lit_moe.grouping.api import layer_merge as layer_merge
-from lit_moe.grouping.api import report_of as report_of
 from lit_moe.grouping.coefficients import Coefficients as Coefficients
 from lit_moe.grouping.coefficients import Router as Router
+from lit_moe.grouping.decision import Decision as Decision
+from lit_moe.grouping.decision import apply as apply
+from lit_moe.grouping.decision import layer_merge as layer_merge
+from lit_moe.grouping.decision import report_of as report_of
 from lit_moe.grouping.learned import LearnOptions as LearnOptions
 from lit_moe.grouping.options import Align as Align
 from lit_moe.grouping.options import MergeOptions as MergeOptions

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from lit_moe.inference import body_inputs, evaluating, run_body
 from lit_moe.stats.tap import TokenMask
 
 Batch = Mapping[str, Tensor]
+V = TypeVar("V")
 
 
 def check_can_be_asked(model: PreTrainedModel, sites: Sequence[MoESite]) -> None:
@@ -83,11 +84,35 @@ def count_inputs(batches: Iterable[Batch], *, max_tokens: int, share: float) -> 
     for batch in first_rows(batches, max_tokens):
         num_rows, length = next(iter(batch.values())).shape[:2]
         count += num_rows * math.ceil(share * length)
-    counts: list[Any] = [count]
-    if dist.is_available() and dist.is_initialized():
-        counts = [None] * dist.get_world_size()
-        dist.all_gather_object(counts, count)
-    return sum(counts)
+    return sum(of_all_ranks(count))
+
+
+def check_text(sites: Sequence[MoESite], batches: Iterable[Batch], *, asked: str) -> None:
+    """Refuse text that is padding alone for some layer. Collective; nothing is run.
+
+    Args:
+        sites: the layers to look at.
+        batches: this rank's, all that will be read.
+        asked: what reads them, for the message.
+
+    Raises:
+        CalibrationError: on all ranks alike.
+    """
+    mask, num_rows, with_text = TokenMask(), 0, dict.fromkeys((site.name for site in sites), False)
+    for batch in batches:
+        mask.set(batch)
+        num_rows += len(next(iter(batch.values())))
+        for site in sites:
+            valid = mask.of(site)
+            with_text[site.name] |= valid is None or bool(valid.any())
+    shares = of_all_ranks((num_rows, with_text))
+    empty = [name for name in with_text if not any(share[name] for _, share in shares)]
+    if empty:
+        raise CalibrationError(
+            f"{asked} looks at text, but there is no calibration token for {empty[0]} in the "
+            f"{sum(rows for rows, _ in shares)} rows that it reads, padding left out; give rows "
+            "with text, or take similarity weights, surrogate or router and coefficients uniform"
+        )
 
 
 def first_rows(batches: Iterable[Batch], max_tokens: int) -> Iterator[dict[str, Tensor]]:
@@ -95,7 +120,7 @@ def first_rows(batches: Iterable[Batch], max_tokens: int) -> Iterator[dict[str, 
 
     Row ``i`` of rank ``r`` of ``w`` is row ``i w + r`` of all.
     """
-    rank, world_size = _rank_and_world_size()
+    rank, world_size = rank_and_world_size()
     seen = 0
     for batch in batches:
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
@@ -141,7 +166,7 @@ def _record(
     model: PreTrainedModel, site: MoESite, rows: list[Tensor], mask: _RowMask, share: float
 ) -> Any:
     """Append the hidden states of each row whenever the experts of a layer are called."""
-    rank, world_size = _rank_and_world_size()
+    rank, world_size = rank_and_world_size()
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -165,7 +190,17 @@ def _drawn(row_TH: Tensor, share: float, seed: int) -> Tensor:
     return row_TH[chosen.to(row_TH.device)]
 
 
-def _rank_and_world_size() -> tuple[int, int]:
+def of_all_ranks(value: V) -> list[V]:
+    """Return what each rank has, by rank. Collective."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return (0, 1) without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -180,8 +215,7 @@ def _row_lengths(counted: Tensor | None, num_rows: int, num_tokens: int) -> list
 def _together(layer: str, rows: list[Tensor], device: torch.device) -> Tensor:
     shares: list[Any] = [rows]
     if dist.is_available() and dist.is_initialized():
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, [row.cpu() for row in rows])
+        shares = of_all_ranks([row.cpu() for row in rows])
     longest = max(map(len, shares))
     dealt = [share[i] for i in range(longest) for share in shares if i < len(share)]
     if not dealt or sum(map(len, dealt)) == 0:

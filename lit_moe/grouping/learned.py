@@ -6,28 +6,24 @@ E experts, N groups.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from lit_moe.adapters.site import ExpertAxis, MoESite
-from lit_moe.criteria.replay import BlockCall, capture_calls
-from lit_moe.errors import LitMoEError, UnsupportedModelError
+from lit_moe.adapters import MoESite, find_sites
+from lit_moe.criteria.replay import BlockCall
+from lit_moe.errors import LitMoEError, NoEffectWarning, UnsupportedModelError
+from lit_moe.grouping.captures import calls_of_layers
 from lit_moe.grouping.coefficients import weighted_map
-from lit_moe.grouping.inputs import Batch, first_rows
-from lit_moe.grouping.mixed_text import mixed, pairs_of
+from lit_moe.grouping.inputs import Batch, check_text, first_rows, of_all_ranks, rank_and_world_size
+from lit_moe.grouping.merged_layer import Kind, MergedLayer, outline_of, summed
+from lit_moe.grouping.mixed_text import pairs_of
 from lit_moe.grouping.partition import Groups
 from lit_moe.inference import evaluating
-from lit_moe.merge_plan import MergePlan
-from lit_moe.merging import merge
-from lit_moe.models import sharing_copy
 
 _JUDGED = 4  # every fourth row tells when to stop
 
@@ -67,16 +63,30 @@ class LearnOptions:
                 raise LitMoEError(f"learned coefficients: {name} must be positive")
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What was learned.
+
+    Attributes:
+        maps: layer name -> coefficients, shape ``(N, E)``, float64, rows >= 0 that sum to 1.
+        tokens: of all ranks' rows that were fitted and judged, in the layer that saw most; without
+            padding, and without mixed text, which is made of the same tokens.
+    """
+
+    maps: Mapping[str, Tensor]
+    tokens: int
+
+
 def learn_coefficients(
     model: PreTrainedModel,
     groups: Mapping[str, Groups],
     batches: Iterable[Batch],
-    sites: Sequence[MoESite],
     *,
     max_tokens: int,
+    memory_gib: float,
     options: LearnOptions,
-) -> dict[str, Tensor]:
-    """Return layer name -> ``(N, E)`` with rows >= 0 that sum to 1. Collective.
+) -> Learned:
+    """Return the coefficients of each layer's groups. Collective.
 
     Coefficients are a softmax over the members of a group, begin uniform, and minimise
     ``|| MoE(x) - merged(x) ||^2``, router rows merged alike, on the inputs of the unmerged model.
@@ -85,144 +95,117 @@ def learn_coefficients(
 
     Args:
         model: unmerged, stays as it is.
-        groups: layer name -> groups.
+        groups: layer name -> groups, of every MoE layer.
         batches: this rank's rows.
-        sites: the MoE layers.
         max_tokens: of all ranks.
+        memory_gib: of each rank, for inputs and outputs of layers on its rows.
         options: of the descent.
 
     Raises:
         UnsupportedModelError: if the experts are modules of their own.
-        LitMoEError: if there are fewer than four rows.
+        CalibrationError: if the fitted rows or the judged ones are padding alone.
+        LitMoEError: if there are fewer than four rows, or memory does not hold one layer's.
     """
-    if not all(site.rows("expert") for site in sites):
-        raise UnsupportedModelError(
-            f"coefficients cannot be learned for {model.config.model_type}: each of its experts is "
-            "a module of its own; take uniform or frequency"
-        )
+    sites = find_sites(model)
+    _check_family(model, sites)
     rows = [
         {k: v[i : i + 1] for k, v in batch.items()}
         for batch in first_rows(batches, max_tokens)
         for i in range(len(next(iter(batch.values()))))
     ]
-    _check_rows(len(rows), model.device)
-    num_rows, pairs = len(rows), []
+    kinds = _kinds(len(rows))
+    _check_rows(sites, rows, kinds)
+    pairs = []
     if options.mixed_rows:
         per_row, mixing = options.mixed_rows, options.mixing
         pairs = pairs_of(rows, per_row=per_row, mixing=mixing, judged=_JUDGED)
-    calls = capture_calls(model, sites, chain(rows, mixed(model, pairs)))
-    uniform = {k: weighted_map(g, torch.ones(sum(map(len, g)))) for k, g in groups.items()}
-    merged = sharing_copy(model)
-    merge(merged, MergePlan(uniform, uniform))
-    found = {}
-    with evaluating(model), evaluating(merged):
-        for site in sites:
-            layer = _Layer(model, merged, site, calls.pop(site.name), num_rows)
-            found[site.name] = _descend(layer, uniform[site.name], options)
-    return found
+        kinds += ["mixed"] * len(pairs)
+    outline = outline_of(model, sites, {name: len(members) for name, members in groups.items()})
+    found, tokens, by_name = {}, 0, {site.name: site for site in sites}
+    for calls in calls_of_layers(model, sites, rows, pairs, memory_gib=memory_gib):
+        for name in list(calls):
+            with evaluating(model):
+                layer = _layer(model, outline, by_name[name], calls.pop(name), kinds)
+                found[name] = _descend(layer, _uniform(groups[name], model.device), options)
+                tokens = max(tokens, sum(of_all_ranks(layer.num_tokens)))
+            del layer  # before the next part is captured
+    return Learned(found, tokens)
 
 
-class _Layer:
-    """The squared error of one merged block as a function of its coefficients."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        merged: PreTrainedModel,
-        site: MoESite,
-        calls: list[BlockCall],
-        num_rows: int,
-    ) -> None:
-        block = model.get_submodule(site.name)
-        self._block = merged.get_submodule(site.name)
-        self._axes = {axis.name.removeprefix(f"{site.name}."): axis for axis in site.axes}
-        self._old = {k: _tensor(model, axis.name).detach() for k, axis in self._axes.items()}
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        rank = dist.get_rank() if world > 1 else 0
-        judged = [
-            i < num_rows and (i * world + rank) % _JUDGED == _JUDGED - 1 for i in range(len(calls))
-        ]
-        self._rows: dict[bool, list[tuple[BlockCall, Tensor]]] = {True: [], False: []}
-        for call, is_judged in zip(calls, judged, strict=True):
-            self._rows[is_judged].append((call, call.run(block)))
-
-    def loss(self, map_NE: Tensor, *, judged: bool) -> Tensor:
-        """Return the error over the energy; differentiable on each rank's share of the rows."""
-        tensors = {
-            name: combine_rows(old, self._axes[name], map_NE) for name, old in self._old.items()
-        }
-        error, energy = 0 * map_NE.sum(), map_NE.new_zeros(())  # a rank may have no such row
-        for call, target in self._rows[judged]:
-            error = error + (_run(self._block, tensors, call) - target).double().square().sum()
-            energy = energy + target.double().square().sum()
-        return error / _summed(energy).clamp(min=1e-30)
+def _layer(
+    model: PreTrainedModel,
+    outline: PreTrainedModel,
+    site: MoESite,
+    calls: Sequence[BlockCall],
+    kinds: Sequence[Kind],
+) -> MergedLayer:
+    if kinds and not calls:
+        warnings.warn(
+            f"{model.config.model_type} does not call {site.name} as one block, so that its "
+            "coefficients stay uniform",
+            NoEffectWarning,
+            stacklevel=4,
+        )
+        kinds = ()
+    return MergedLayer(model, outline, site, calls, kinds)
 
 
-def combine_rows(old: Tensor, axis: ExpertAxis, map_NE: Tensor) -> Tensor:
-    """Return the new tensor as a differentiable function of the coefficients."""
-    rows = axis.real * axis.rows_per_expert
-    real = old.narrow(axis.dim, 0, rows).unflatten(axis.dim, (axis.real, axis.rows_per_expert))
-    first = real.movedim(axis.dim, 0)
-    new = torch.einsum("ne,e...->n...", map_NE.to(old.dtype), first)
-    new = new.movedim(0, axis.dim).flatten(axis.dim, axis.dim + 1)
-    tail = old.narrow(axis.dim, rows, old.shape[axis.dim] - rows)
-    return torch.cat([new, tail], dim=axis.dim)
+def _uniform(groups: Groups, device: torch.device) -> Tensor:
+    return weighted_map(groups, torch.ones(sum(map(len, groups)))).to(device)
 
 
-def _descend(layer: _Layer, start_NE: Tensor, options: LearnOptions) -> Tensor:
+def _descend(layer: MergedLayer, start_NE: Tensor, options: LearnOptions) -> Tensor:
     member_NE = start_NE > 0
     logits_NE = nn.Parameter(torch.zeros_like(start_NE))
     descent = torch.optim.SGD([logits_NE], lr=options.learning_rate, momentum=options.momentum)
-    best, best_loss, waited = start_NE, _judge(layer, start_NE), 0
+    best, best_loss, waited = start_NE, layer.loss(start_NE), 0
     for _ in range(options.epochs):
         with torch.enable_grad():
             map_NE = torch.softmax(logits_NE.masked_fill(~member_NE, float("-inf")), dim=1)
             descent.zero_grad()
-            layer.loss(map_NE, judged=False).backward()
+            map_NE.backward(layer.gradient(map_NE))
         assert logits_NE.grad is not None
-        logits_NE.grad = _summed(logits_NE.grad)
+        logits_NE.grad = summed(logits_NE.grad)
         descent.step()
         map_NE = torch.softmax(logits_NE.detach().masked_fill(~member_NE, float("-inf")), dim=1)
-        loss = _judge(layer, map_NE)
+        loss = layer.loss(map_NE)
         waited = 0 if loss < best_loss else waited + 1
         if loss < best_loss:
             best, best_loss = map_NE, loss
         if waited >= options.patience:
             break
-    return best.clone()
+    return best.clone().cpu()
 
 
-@torch.no_grad()
-def _judge(layer: _Layer, map_NE: Tensor) -> float:
-    return float(_summed(layer.loss(map_NE, judged=True)))
+def _kinds(num_rows: int) -> list[Kind]:
+    """Return what becomes of each of this rank's rows, which are every ``world_size``-th."""
+    rank, world_size = rank_and_world_size()
+    is_judged = [(i * world_size + rank) % _JUDGED == _JUDGED - 1 for i in range(num_rows)]
+    return ["judged" if judged else "fitted" for judged in is_judged]
 
 
-def _run(block: nn.Module, tensors: dict[str, Tensor], call: BlockCall) -> Tensor:
-    class Replaced(nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return functional_call(block, tensors, args, kwargs)
-
-    return call.run(Replaced())
-
-
-def _tensor(model: PreTrainedModel, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(path), last)
-    return tensor
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Return the sum over ranks, detached. Collective."""
-    total = tensor.detach().clone()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
-    return total
+def _check_family(model: PreTrainedModel, sites: Sequence[MoESite]) -> None:
+    if not all(site.rows("expert") for site in sites):
+        raise UnsupportedModelError(
+            f"coefficients cannot be learned for {model.config.model_type}: each of its experts is "
+            "a module of its own; take uniform or frequency"
+        )
+    tables = [site.name for site in sites if site.rows("id_table")]
+    if tables:
+        raise UnsupportedModelError(
+            f"{tables[0]} chooses experts by a table of token ids, which cannot be merged; drop "
+            "experts with a pruning callback instead"
+        )
 
 
-def _check_rows(num_rows: int, device: torch.device) -> None:
-    total = int(_summed(torch.tensor(num_rows, device=device)))
+def _check_rows(sites: Sequence[MoESite], rows: Sequence[Batch], kinds: Sequence[Kind]) -> None:
+    """Refuse too few rows, and rows without text. Collective, on all ranks alike."""
+    total = sum(of_all_ranks(len(rows)))
     if total < _JUDGED:
         raise LitMoEError(
             f"learned coefficients need at least {_JUDGED} calibration rows, there are {total}; "
             "give more text or take uniform"
         )
+    for kind in ("fitted", "judged"):
+        mine = [row for row, its in zip(rows, kinds, strict=True) if its == kind]
+        check_text(sites, mine, asked=f"coefficients='learned' ({kind} rows)")

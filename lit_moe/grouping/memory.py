@@ -54,14 +54,12 @@ def blocks_for(
     """
     costs = [_Costs.of(model, site, num_tokens) for site in sites]
     largest = max(costs, key=lambda cost: cost.total(1, _FEWEST_TOKENS, 1))
-    budget, needed = memory_gib * _GIB, largest.total(1, _FEWEST_TOKENS, 1)
+    budget, needed = bytes_in(memory_gib), largest.total(1, _FEWEST_TOKENS, 1)
     if budget < needed:
-        digits = 10 ** (2 - math.floor(math.log10(needed / _GIB)))
-        enough = math.ceil(needed / _GIB * digits) / digits
         raise LitMoEError(
             f"memory_gib={memory_gib:g} does not hold {num_tokens} inputs of one layer and the "
             f"outputs of its {largest.experts} experts on {_FEWEST_TOKENS} of them; give at least "
-            f"{enough:g}, or fewer max_tokens"
+            f"{at_least(needed):g}, or fewer max_tokens"
         )
     layers = max(1, min(len(sites), int(budget / 2 / max(1, *(c.inputs for c in costs))) - 1))
     return Blocks(
@@ -69,6 +67,17 @@ def blocks_for(
         min(cost.most_tokens(budget, layers) for cost in costs),
         min(cost.most_rows(budget, layers) for cost in costs),
     )
+
+
+def bytes_in(memory_gib: float) -> float:
+    """Return how many bytes a budget has."""
+    return memory_gib * _GIB
+
+
+def at_least(needed: float) -> float:
+    """Return the GiB that hold so many bytes, rounded up to three digits."""
+    digits = 10 ** (2 - math.floor(math.log10(needed / _GIB)))
+    return math.ceil(needed / _GIB * digits) / digits
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,10 @@ class MergeOptions:
             tokens makes. Where asking all experts about each token would be more (by E / top-k),
             they are asked about a random part of the tokens of each row; ``cka`` says how much
             coarser that is. None: about each token.
-        memory_gib: for those outputs and the hidden states before them, and for surrogates, beside
-            the model and the forward of one batch. Less of it takes more steps for the same result.
+        memory_gib: for those outputs and the hidden states before them, for surrogates, and for the
+            inputs and outputs of layers that coefficients are learned on; beside the model, the
+            forward of one batch and, while coefficients of a layer are learned, its merged experts
+            and what the gradient of one row takes. Less of it takes more steps for the same result.
         learn: options of ``coefficients: learned``.
 
     Raises:
@@ -95,8 +97,24 @@ class MergeOptions:
         return frozenset(found)
 
     @property
+    def readers(self) -> tuple[str, ...]:
+        """What of the recipe looks at text, for messages."""
+        if self.segments is not None:
+            return ("segments",)
+        found = {
+            f"similarity={self.similarity!r}": bool(get_similarity(self.similarity).needs),
+            f"coefficients={self.coefficients!r}": self.coefficients != "uniform",
+            f"align={self.align!r}": self.align == "activations",
+        }
+        return tuple(name for name, reads in found.items() if reads)
+
+    @property
     def needs_text(self) -> bool:
         """Whether the model has to run."""
-        if self.segments is not None:
-            return True
-        return bool(self.needs) or self.coefficients == "learned" or self.align == "activations"
+        return bool(self.readers)
+
+    @property
+    def reads_part(self) -> bool:
+        """Whether something looks at no more than the first ``max_tokens`` of the text."""
+        learns = self.coefficients == "learned" or self.align == "activations"
+        return self.segments is None and (learns or "outputs" in self.needs)

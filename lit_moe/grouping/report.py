@@ -27,7 +27,7 @@ class MergeReport:
     Attributes:
         recipe: similarity, partition and coefficients in a few words.
         router: what became of the router rows.
-        tokens: compared on; 0 without text.
+        tokens: of text that experts were compared or coefficients learned on; 0 without text.
         neurons_moved: places that alignment changed, None if it was not asked for.
         layers: layer -> its new experts.
         figures: files of similarities and dendrograms, beside the report.

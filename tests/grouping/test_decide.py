@@ -19,10 +19,8 @@ from lit_moe.grouping import (
     decide,
     report_of,
 )
-from lit_moe.grouping.learned import learn_coefficients
 from lit_moe.merge_plan import MergePlan
 from lit_moe.merging import merge
-from lit_moe.models import sharing_copy
 from lit_moe.report.coding import from_plain, to_plain
 from lit_moe.stats import observe
 from lit_moe.testing import example_inputs, run_distributed, tiny_moe
@@ -230,41 +228,6 @@ def test_damaged_weights_are_found():
 def test_options_that_mean_nothing_are_refused(fields, message):
     with pytest.raises(LitMoEError, match=message):
         MergeOptions(**fields)
-
-
-def test_learned_coefficients_find_the_expert_that_does_the_work():
-    """The second of each pair is never asked, so all weight should go to the first."""
-    model = tiny_moe("mixtral", num_experts_per_tok=1)
-    sites = find_sites(model)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate.weight[4] = layer.mlp.gate.weight[1] * 0.5
-    groups = {s.name: ((0,), (1, 4), (2,), (3,), (5,), (6,), (7,)) for s in sites}
-    batches = text_for(model, rows=16)
-    learned = learn_coefficients(
-        model, groups, batches, sites, max_tokens=10**6, options=LearnOptions(epochs=15)
-    )
-    uniform = {s.name: torch.zeros(7, 8) for s in sites}
-    for name, members in groups.items():
-        for row, ids in zip(uniform[name], members, strict=True):
-            row[list(ids)] = 1 / len(ids)
-    for map_NE in learned.values():
-        torch.testing.assert_close(map_NE.sum(1), torch.ones(7, dtype=torch.float64))
-        assert float(map_NE[1, 1]) > 0.6
-    inputs, losses = batches[0], []
-    full = logits_of(model, inputs)
-    for maps in (uniform, learned):
-        merged = sharing_copy(model)
-        merge(merged, MergePlan(maps, maps))
-        losses.append(float((logits_of(merged, inputs) - full).square().mean()))
-    assert losses[1] < 0.8 * losses[0]
-
-
-def test_learning_needs_four_rows():
-    model = tiny_moe("mixtral")
-    batches = text_for(model, rows=3, batches=1)
-    with pytest.raises(LitMoEError, match="at least 4 calibration rows, there are 3"):
-        decide(model, counts_of(model, 4), batches, MergeOptions(coefficients="learned"))
 
 
 @pytest.mark.distributed

@@ -8,7 +8,8 @@ import torch
 from lit_moe.adapters import find_sites
 from lit_moe.criteria.replay import capture_calls
 from lit_moe.errors import LitMoEError
-from lit_moe.grouping import LearnOptions, MergeOptions, decide, learned
+from lit_moe.grouping import LearnOptions, MergeOptions, decide
+from lit_moe.grouping.merged_layer import MergedLayer
 from lit_moe.grouping.mixed_text import Pair, mixed, pairs_of
 from lit_moe.merge_plan import MergePlan
 from lit_moe.testing import run_distributed, tiny_moe
@@ -84,18 +85,18 @@ def test_rows_of_different_lengths_are_not_mixed():
 def test_mixed_rows_are_fitted_and_never_judged(monkeypatch):
     model = tiny_moe("mixtral")
     held = []
-    original = learned._Layer.__init__
+    original = MergedLayer.__init__
 
     def look(self, *args):
         original(self, *args)
-        held.append({judged: len(rows) for judged, rows in self._rows.items()})
+        held.append({kind: len(rows) for kind, rows in self._rows.items()})
 
-    monkeypatch.setattr(learned._Layer, "__init__", look)
+    monkeypatch.setattr(MergedLayer, "__init__", look)
     options = MergeOptions(
         "weights", coefficients="learned", learn=LearnOptions(epochs=2, mixed_rows=2)
     )
     plan = decide(model, counts_of(model, 4), text_for(model, rows=8), options).plan
-    assert held == [{True: 2, False: 6 + 12}] * 2
+    assert held == [{"fitted": 6, "mixed": 12, "judged": 2}] * 2
     for map_NE in plan.experts.values():
         torch.testing.assert_close(map_NE.sum(1), torch.ones(4, dtype=torch.float64))
 
