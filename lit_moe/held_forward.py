@@ -45,12 +45,13 @@ class HeldForward:
         Returns:
             The point and the payload that :meth:`hold` was called with; None at the end.
         """
-        self._answer, self._event = answer, None
+        self._answer = answer
         self._go.release()
         self._back.acquire()
         if self._error is not None:
             raise self._error
-        return self._event
+        event, self._event = self._event, None  # payloads are large, and not ours any more
+        return event
 
     def hold(self, point: str, payload: object) -> Any:
         """Stop here, called from inside the forward; returns the answer of :meth:`advance`.
@@ -61,7 +62,8 @@ class HeldForward:
             return None
         self._event = (point, payload)
         self._wait()
-        return self._answer
+        answer, self._answer = self._answer, None
+        return answer
 
     def abandon(self) -> None:
         """End the forward where it is; it must not be advanced any more."""

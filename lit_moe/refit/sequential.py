@@ -6,8 +6,11 @@ once per batch.
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_moe.adapters import adapter_for
 from lit_moe.errors import CalibrationError
+from lit_moe.heap import give_back_memory
 from lit_moe.refit.job import OnLayer, RefitJob, Target
 from lit_moe.refit.layer import LayerProblem
 from lit_moe.refit.lockstep import Lockstep
@@ -63,51 +67,60 @@ class SequentialRefit:
 
     def _advance(self, teacher: Lockstep, student: Lockstep, on_layer: OnLayer) -> None:
         answers: list[Tensor | None] = [None] * len(student)
-        while (met := _next_point(teacher, student, answers)) is not None:
-            name, wanted, given = met
-            if name in self._targets:
-                answers = self._refit_layer(name, wanted, given, on_layer)
+        while True:
+            meetings = _meetings(teacher, student, answers)
+            first = next(meetings)
+            met = itertools.chain([first], meetings)
+            if first.name is None:
+                collections.deque(met, maxlen=0)  # the others end too
+                return
+            if first.name in self._targets:
+                answers = self._refit_layer(first.name, met, on_layer)
             else:
-                self._refit_router(name, wanted, given, on_layer)
+                self._refit_router(first.name, met, on_layer)
                 answers = [None] * len(student)
 
     def _refit_layer(
-        self, name: str, wanted: list[Any], given: list[Any], on_layer: OnLayer
+        self, name: str, met: Iterable[_Meeting], on_layer: OnLayer
     ) -> list[Tensor | None]:
         """Return the outputs of the layer after its refit, None for each where it was left."""
         target = self._targets[name]
         problem = self._problem(target)
-        for index in range(len(given)):
-            problem.add(*self._piece(index, target, wanted[index], given[index]))
-            wanted[index] = None  # as large as the batch, and not needed any more
+        outputs: list[Tensor] = []
+        for meeting in met:
+            problem.add(*self._piece(len(outputs), target, meeting.wanted, meeting.given))
+            outputs.append(meeting.given)
+            give_back_memory()
         update, record = self._solve(name, problem)
-        answers: list[Tensor | None] = [None] * len(given)
+        answers: list[Tensor | None] = [None] * len(outputs)
         if update is not None:
-            answers = self._corrected(target, problem, update, given)
+            answers = self._corrected(target, problem, update, outputs)
         problem.pieces.clear()
+        give_back_memory()
         on_layer(name, record)
         return answers
 
-    def _refit_router(
-        self, name: str, wanted: list[Any], given: list[Any], on_layer: OnLayer
-    ) -> None:
+    def _refit_router(self, name: str, met: Iterable[_Meeting], on_layer: OnLayer) -> None:
         target = self._targets[name.removeprefix(_ROUTER)]
         problem = RouterProblem(self._student, self._teacher, target.site)
         done = self._progress.load(name)
+        inputs: Any = None  # of the first batch: they say on which device the router is
+        for index, meeting in enumerate(met):
+            inputs = meeting.given if inputs is None else inputs
+            if done is None and problem.matched:
+                num_tokens = meeting.given[0].numel() // meeting.given[0].shape[-1]
+                weights = self._rows.weights(index, target.site, num_tokens)
+                problem.add(meeting.given, meeting.wanted, *weights)
         if done is not None:
-            if done[0] is not None:
-                problem.apply_(done[0], given[0])
-            on_layer(name, done[1])
-            return
-        if not problem.matched:
+            update, record = done
+            if update is not None:
+                problem.apply_(update, inputs)
+        elif not problem.matched:
             reason = "its rows are not rows of the teacher's router"
-            on_layer(name, LayerRefit(target="router logits", reason=reason))
-            return
-        for index, (output, args) in enumerate(zip(wanted, given, strict=True)):
-            num_tokens = args[0].numel() // args[0].shape[-1]
-            problem.add(args, output, *self._rows.weights(index, target.site, num_tokens))
-        update, record = problem.solve(given[0])
-        self._progress.save(name, update, record)
+            record = LayerRefit(target="router logits", reason=reason)
+        else:
+            update, record = problem.solve(inputs)
+            self._progress.save(name, update, record)
         on_layer(name, record)
 
     def _problem(self, target: Target) -> LayerProblem:
@@ -199,22 +212,35 @@ class SequentialRefit:
             yield
 
 
-def _next_point(
+@dataclass(frozen=True)
+class _Meeting:
+    """One batch at a point that both models have reached.
+
+    Attributes:
+        name: of the point; None at the end.
+        wanted: what the teacher has there.
+        given: what the student has there.
+    """
+
+    name: str | None
+    wanted: Any
+    given: Any
+
+
+def _meetings(
     teacher: Lockstep, student: Lockstep, answers: list[Tensor | None]
-) -> tuple[str, list[Any], list[Any]] | None:
-    """Let all batches run to their next point; return its name and what both models have there."""
+) -> Iterator[_Meeting]:
+    """Let one batch after the other run to its next point; ``answers`` are emptied on the way."""
     names: set[str | None] = set()
-    wanted: list[Any] = []
-    given: list[Any] = []
     for index, answer in enumerate(answers):
-        for lockstep, reply, payloads in ((teacher, None, wanted), (student, answer, given)):
-            event = lockstep.advance(index, reply)
-            names.add(None if event is None else event[0])
-            payloads.append(None if event is None else event[1])
-        answers[index] = None
-    if len(names) > 1:
-        raise CalibrationError(
-            f"teacher and student meet different layers at the same time: {sorted(map(str, names))}"
-        )
-    (name,) = names
-    return None if name is None else (name, wanted, given)
+        answers[index] = None  # as large as the batch, and the forward's own now
+        events = teacher.advance(index), student.advance(index, answer)
+        del answer
+        names.update(None if event is None else event[0] for event in events)
+        if len(names) > 1:
+            raise CalibrationError(
+                "teacher and student meet different layers at the same time: "
+                f"{sorted(map(str, names))}"
+            )
+        wanted, given = (None if event is None else event[1] for event in events)
+        yield _Meeting(next(iter(names)), wanted, given)

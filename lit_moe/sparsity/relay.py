@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lit_moe.errors import CalibrationError
+from lit_moe.heap import give_back_memory
 from lit_moe.held_forward import HeldForward
 
 _END = "the end"
@@ -34,6 +35,7 @@ class Relay:
         try:
             while (work := self._next_meeting()) is not None:
                 work()
+                give_back_memory()
         finally:
             for forward in self._forwards:
                 forward.abandon()

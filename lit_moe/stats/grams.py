@@ -84,7 +84,7 @@ def gated_features(slots: FeatureSlots, *, bias: bool) -> tuple[Tensor, Tensor, 
     by_token = torch.argsort(slots.token_ids, stable=True)
     order = by_token[torch.argsort(slots.expert_ids[by_token], stable=True)]
     gates = slots.gates[order].float()[:, None]
-    features = slots.features[order].float() * gates
+    features = slots.features[order].float().mul_(gates)  # indexing has copied them
     if bias:
         features = torch.cat([features, gates], dim=1)
     return slots.expert_ids[order], slots.token_ids[order], features

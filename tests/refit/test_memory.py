@@ -9,6 +9,7 @@ from lit_moe.errors import LitMoEError
 from lit_moe.refit import RefitOptions, api, refit
 from lit_moe.refit.memory import LayerSize, choose_solver
 from lit_moe.refit.seidel import GaussSeidel
+from lit_moe.refit.sequential import SequentialRefit
 from lit_moe.refit.store import PieceStore
 from tests.refit.models import assert_same_state, downs_of, half_of, state_of, text_for
 from tests.refit.pieces import SHAPE, random_pieces
@@ -51,6 +52,22 @@ def test_a_refit_that_spills_gives_the_same_weights(monkeypatch, no_judge):
     (generous, none), (tight, some) = found
     assert none == 0 < some
     assert torch.equal(tight, generous)
+
+
+@pytest.mark.parametrize("router", [False, True])
+def test_features_of_one_batch_at_a_time_are_held_outside_the_budget(router, monkeypatch, no_judge):
+    waiting: list[int] = []
+    piece_of = SequentialRefit._piece
+
+    def noted(self, *args):
+        waiting.append(len(self._slots))
+        return piece_of(self, *args)
+
+    monkeypatch.setattr(SequentialRefit, "_piece", noted)
+    teacher, student = half_of("mixtral", num_hidden_layers=2)
+    text = text_for(teacher, rows=48, length=24, batches=6)
+    refit(student, teacher, text, RefitOptions(lam=0.1, router=router))
+    assert waiting == [1] * 12
 
 
 @pytest.mark.parametrize(
