@@ -5,7 +5,8 @@ T tokens, E experts, I expert width, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def correlations(
     for piece in hidden_TH.split(_TOKENS):
         pair = [features(model, site, piece, expert) for expert in (one, other)]
         moments["first"].append(torch.stack([f.sum(0, dtype=torch.float64) for f in pair]))
-        moments["second"].append(torch.stack([f.double().square().sum(0) for f in pair]))
+        moments["second"].append(torch.stack([(f * f).sum(0, dtype=torch.float64) for f in pair]))
         moments["product"].append((pair[0].T @ pair[1]).double())
         for sums in moments.values():
             sums[:] = [torch.stack(sums).sum(0)]
@@ -83,12 +84,17 @@ def features(model: PreTrainedModel, site: MoESite, hidden_TH: Tensor, expert: i
     weights[:, 0] = 1
     ids = torch.full(weights.shape, expert, device=hidden_TH.device)
     seen: list[FeatureSlots] = []
-    with features_of(model, adapter, site, seen.append):
+
+    def enough(found: FeatureSlots) -> None:
+        seen.append(found)
+        raise _Enough
+
+    with features_of(model, adapter, site, enough), contextlib.suppress(_Enough):
         experts(hidden_TH, ids, weights)
-    return _by_token(seen, slots)
-
-
-def _by_token(seen: Sequence[FeatureSlots], slots: int) -> Tensor:
     (call,) = seen
     order = call.token_ids.argsort(stable=True)[::slots]
     return call.features[order].float()
+
+
+class _Enough(Exception):  # noqa: N818 - nothing went wrong
+    """Ends a forward whose down projections are of no interest."""

@@ -19,7 +19,7 @@ from lit_moe.grouping.activations import orders_by_activations
 from lit_moe.grouping.align import check_can_be_aligned
 from lit_moe.grouping.coefficients import strongest_map, weighted_map
 from lit_moe.grouping.decision import Decision
-from lit_moe.grouping.evidence import all_inputs, similarities
+from lit_moe.grouping.evidence import LayerInputs, similarities
 from lit_moe.grouping.inputs import Batch, check_can_be_asked, check_text, first_rows
 from lit_moe.grouping.learned import LearnOptions, learn_coefficients
 from lit_moe.grouping.options import MergeOptions
@@ -92,7 +92,10 @@ def _decide_groups(
         check_can_be_aligned(model)
     if options.align == "activations":
         check_can_be_asked(model, sites)
-    similarity, seen, tokens = similarities(model, sites, rows, options)
+    # Learning has the whole budget to itself, so nothing is kept beside it.
+    again = options.align == "activations" and options.coefficients != "learned"
+    inputs = LayerInputs(model, sites, rows, options, keep=again)
+    similarity, seen, tokens = similarities(model, sites, rows, options, inputs)
     weights = _weights(sites, seen, options)
     groups: dict[str, Groups] = {
         site.name: partition_layer(
@@ -122,7 +125,7 @@ def _decide_groups(
     plan = MergePlan(maps, routers, model.config.model_type)
     orders = {}
     if options.align == "activations":
-        for site, hidden_TH in all_inputs(model, sites, rows, options):
+        for site, hidden_TH in inputs:
             orders[site.name] = orders_by_activations(model, site, plan, hidden_TH)
             tokens = max(tokens, len(hidden_TH))
     return Decision(plan, similarity, tokens=tokens, align=bool(options.align), orders=orders)
