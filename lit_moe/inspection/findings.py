@@ -90,7 +90,8 @@ class RefitNeeds:
         matrices: Gram matrices, factors and solutions.
         features: in memory.
         on_disk: features and copies in the system's temporary folder.
-        streams: hidden states of all calibration tokens, about.
+        streams: hidden states of all calibration tokens, about. A sequential refit on a CPU holds
+            some 10 MB more for each batch and model: buffers of the math library, and fragments.
         undo: copies of the weights that change, until the refit is judged.
         reason: why this solver, or what would have to change.
     """

@@ -48,13 +48,17 @@ def memory(store: Store) -> str:
     for mode, budget in MEMORY:
         cell = store.get(NAME, "peak", mode=mode, gib=budget)
         if cell is not None:
-            gib = (f"{cell[key] / 2**30:.2f} GiB" for key in ("plain", "peak"))
-            rows.append([mode, f"{budget:g} GiB", *gib, f"{cell['over_budget']:.2f}"])
+            more = cell["peak"] - cell["plain"]
+            sizes = (cell["plain"], cell["peak"], more, cell["stated"])
+            ratio = f"{more / cell['stated']:.2f}"
+            rows.append([mode, f"{budget:g} GiB", *(f"{n / 2**30:.2f} GiB" for n in sizes), ratio])
     header = [
         f"{MEMORY_SHAPE}, hidden 512, 16,384 tokens",
         "memory_gib",
         "peak of a plain forward",
         "peak of the refit",
-        "difference / budget",
+        "more",
+        "stated by inspect",
+        "more / stated",
     ]
     return markdown(header, rows)
