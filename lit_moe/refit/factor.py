@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PANEL = 128
+PANEL = 96
+_GAP = 16
+"""Numbers between rows: rows a power of two apart would share their places in the cache."""
 _SMALLEST = 512
 """Below this many rows the library is as fast."""
 
@@ -28,7 +30,8 @@ class Factor:
         self._by_panels = matrix_NN.device.type == "cpu" and len(matrix_NN) >= _SMALLEST
         self._inverses: list[Tensor] = []
         if self._by_panels:
-            self._lower = matrix_NN.clone()
+            size = len(matrix_NN)
+            self._lower = matrix_NN.new_empty(size, size + _GAP)[:, :size].copy_(matrix_NN)
             self.is_definite = self._factorise()
         else:
             self._lower, info = torch.linalg.cholesky_ex(matrix_NN)
@@ -60,16 +63,19 @@ class Factor:
     def _factorise(self) -> bool:
         lower = self._lower
         unit = torch.eye(PANEL, dtype=lower.dtype)
+        scratch = lower.new_empty(len(lower), PANEL)
         for begin, end in self._panels():
             panel = lower[begin:, begin:end]
             if begin:
                 panel.addmm_(lower[begin:, :begin], lower[begin:end, :begin].T, alpha=-1)
             width = end - begin
             block, info = torch.linalg.cholesky_ex(panel[:width])
-            if bool(info) or not bool(block.isfinite().all()):
+            # Rows that are not finite end in diagonals that are not.
+            if bool(info) or not bool(block.diagonal().isfinite().all()):
                 return False
             inverse = torch.linalg.solve_triangular(block, unit[:width, :width], upper=False)
             panel[:width] = block
-            panel[width:] = panel[width:] @ inverse.T
+            below = panel[width:]
+            below.copy_(torch.mm(below, inverse.T, out=scratch[: len(below), :width]))
             self._inverses.append(inverse)
         return bool(lower[-1].isfinite().all())
