@@ -16,6 +16,7 @@ from lit_moe.models.vision.pattern_study import (
     Changes,
     Pruned,
     as_dict,
+    check_amounts,
     check_task,
     draw_study,
     study_changes,
@@ -49,6 +50,7 @@ class TwoPatternStudy(Callback):
     ) -> None:
         self.task = task or TwoPatterns()
         check_task(self.task)
+        check_amounts(dimensions, pruned_dimension, ratios, num_seeds)
         self.dimensions = tuple(dimensions)
         self.pruned_dimension = pruned_dimension
         self.ratios = tuple(ratios)

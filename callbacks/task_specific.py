@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.adapters.site import MoESite
@@ -31,7 +32,9 @@ class TaskSpecificPruning(ExpertPruning):
     tokens over that of all experts of its layer; at the end of the window, experts with less than
     ``beta / Z`` go, where ``Z`` are left. At ``force_at`` of the training, ``eager`` forces all but
     the best expert out (as many as the router needs), so that the rest of the training adapts it.
-    Experts are hidden while training goes on, and cut out when it ends.
+    Experts are hidden while training goes on, and cut out when it ends. What is left of a V-MoE
+    then is what ``dropped_experts`` of its config says: under ``delete`` a single expert is a dense
+    layer with gate 1; under ``zero`` rows of the dropped stay, and what chooses them becomes 0.
 
     Source: Task-Specific Expert Pruning (Chen et al., arXiv 2206.00277).
 
@@ -79,7 +82,8 @@ class TaskSpecificPruning(ExpertPruning):
         """When the model is built and nothing wraps it yet. Measures it.
 
         Raises:
-            LitMoEError: if the run has no number of steps that could be halved.
+            LitMoEError: if the run has no number of steps that could be halved, or the model's
+                experts are all used equally much by design.
         """
         writer = self.begin(trainer, module)
         if writer is None:
@@ -89,6 +93,7 @@ class TaskSpecificPruning(ExpertPruning):
                 f"TaskSpecificPruning divides the training into windows and must know its length, "
                 f"but trainer.max_steps is {trainer.max_steps}; set it"
             )
+        _check_tokens_choose(module)
         plan = only_drops(module.checkpoint_plan(), purpose="going on with task-specific dropping")
         if plan is not None:
             self.cut(trainer, module, plan)
@@ -97,13 +102,14 @@ class TaskSpecificPruning(ExpertPruning):
 
     def on_train_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When training begins. Begins to watch; a resumed run hides what was dropped before."""
-        self._sites = find_sites(pl_module.built_model)
+        model = pl_module.built_model
+        self._sites = find_sites(model)
         for site in self._sites:
             zeros = torch.zeros(site.num_experts, dtype=torch.float64)
             self._gates.setdefault(site.name, zeros)
-        self._hidden.hide(pl_module.built_model)
+        self._hidden.hide(model)
         self._tap.enter_context(
-            tapped(pl_module.built_model, self._sites, _GateSums(self._gates), self._token_mask)
+            tapped(model, self._sites, _GateSums(self._gates, model), self._token_mask)
         )
 
     def on_validation_start(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
@@ -124,12 +130,13 @@ class TaskSpecificPruning(ExpertPruning):
         """Before each batch. Tells padding; at the end of a window, drops experts."""
         if isinstance(batch, Mapping):
             self._token_mask.set(batch)
-        step = trainer.global_step
-        if step and step % self.window == 0 and self._done < step <= self._last(trainer):
+        step, last = trainer.global_step, self._last(trainer)
+        if step == last and self.eager and not self._is_forced(pl_module):
+            self._done = step  # by what the last window saw, so that must not end before
+            self._end_window(trainer, pl_module, force=True)
+        elif step and step % self.window == 0 and self._done < step <= last:
             self._done = step
             self._end_window(trainer, pl_module, force=False)
-        if step == self._last(trainer) and self.eager and not self._is_forced(pl_module):
-            self._end_window(trainer, pl_module, force=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: MoEModule) -> None:  # type: ignore[override]
         """When training ends, before any export. Cuts experts out for good."""
@@ -229,15 +236,21 @@ class TaskSpecificPruning(ExpertPruning):
 
 
 class _GateSums:
-    """Adds up the gates of each expert's tokens; what :func:`tapped` hands its sums to."""
+    """Adds up the gates of each expert's tokens in training; what :func:`tapped` hands its sums to.
 
-    def __init__(self, gates: dict[str, Tensor]) -> None:
+    Validations between training steps do not count.
+    """
+
+    def __init__(self, gates: dict[str, Tensor], model: PreTrainedModel) -> None:
         self._gates = gates
+        self._model = model
 
     def update(
         self, layer: str, slots: Slots, mask_T: Tensor | None, token_ids: Tensor | None
     ) -> None:
         del token_ids
+        if not self._model.training:
+            return
         total = self._gates[layer]
         gates, ids = slots.gates.detach().double(), slots.expert_ids
         if mask_T is not None:
@@ -249,6 +262,15 @@ class _GateSums:
         self, layer: str, probability_TE: Tensor, mask_T: Tensor | None, token_ids: Tensor | None
     ) -> None:
         """Nothing: only gates count."""
+
+
+def _check_tokens_choose(module: MoEModule) -> None:
+    if getattr(module.built_model.config, "router_type", "token_choice") == "expert_choice":
+        raise LitMoEError(
+            "TaskSpecificPruning compares how much experts are used, but under router_type: "
+            "expert_choice each expert takes equally many tokens, with gates that add up to 1; "
+            "take a model with router_type: token_choice, or OneShotPruning with router_change"
+        )
 
 
 def proficiency(sums_E: Tensor, alive: tuple[int, ...]) -> Tensor:

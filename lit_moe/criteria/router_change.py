@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +15,14 @@ from lit_moe.adapters import adapter_for
 from lit_moe.adapters.pairing import layer_index
 from lit_moe.criteria.base import Criterion, Evidence, Need
 from lit_moe.criteria.registry import register
-from lit_moe.criteria.router_rows import CheckpointTensors, router_names, same_elsewhere
+from lit_moe.criteria.router_rows import (
+    CheckpointTensors,
+    router_names,
+    rows_without_expert,
+    same_elsewhere,
+)
 from lit_moe.errors import LitMoEError, NoEffectWarning
-from lit_moe.sharding.partitions import gathered
+from lit_moe.sharding.partitions import gathered, whole_shape
 
 Measure = Literal["signed", "absolute", "difference"]
 
@@ -54,19 +59,21 @@ class RouterChange(Criterion):
         """Score each layer by itself; see :meth:`Criterion.scores`.
 
         Raises:
-            LitMoEError: if the ancestor is missing, only an adapter, or has other routers.
+            LitMoEError: if the ancestor is missing, only an adapter, or has other routers, or its
+                rows in another order.
         """
         model, before = evidence.require_model(self.name), CheckpointTensors(self.ancestor)
+        _check_order(before, model.config.to_dict(), "the model")
         adapter = adapter_for(model.config)
         found = {}
         for site in evidence.sites:
             rows = site.rows("router")[0].name
             name = _name_in(before, rows)
+            shape = tuple(whole_shape(model.get_parameter(rows)))
+            _check_shapes(name, before.shapes[name], shape, before.folder)
             with gathered(model.get_submodule(site.router)):
                 now_EH = adapter.router_weight(model, site).cpu()
-            old_EH = before.read(name)
-            _check_shapes(name, tuple(old_EH.shape), (len(now_EH), now_EH.shape[1]), before.folder)
-            found[site.name] = change(now_EH, old_EH, self.measure)
+            found[site.name] = change(now_EH, before.read(name)[: len(now_EH)], self.measure)
         _warn_if_nothing_changed(found, f"{before.folder} and the model")
         return {name: -values if self.inverse else values for name, values in found.items()}
 
@@ -99,6 +106,7 @@ def router_changes(
             f"{before.folder} and {after.folder} have different routers ({odd[0]} is in one only); "
             "take the checkpoint that the other one was fine-tuned from"
         )
+    _check_order(before, after.config, str(after.folder))
     found = {}
     for name in names:
         _check_shapes(name, before.shapes[name], after.shapes[name], before.folder)
@@ -134,6 +142,21 @@ def _check_shapes(name: str, before: tuple[int, ...], after: tuple[int, ...], fo
             f"{after[-1]} after fine-tuning; rows can be compared only expert by expert, so take "
             "the checkpoint that was fine-tuned, with all its experts"
         )
+
+
+def _check_order(before: CheckpointTensors, after: Mapping[str, Any], name: str) -> None:
+    old, now = rows_without_expert(before.config), rows_without_expert(after)
+    if old != now:
+        raise LitMoEError(
+            f"{before.folder} and {name} differ in router rows without an expert ({_listed(old)} "
+            f"and {_listed(now)}): dropping experts moves such rows behind the others, so that the "
+            "same row is no longer the same expert; take the checkpoint that was fine-tuned, "
+            "without the experts that it lacked"
+        )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{key}={count}" for key, count in counts.items()) or "none"
 
 
 def _name_in(tensors: CheckpointTensors, name: str) -> str:

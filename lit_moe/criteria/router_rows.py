@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lit_moe.errors import LitMoEError
 
 _NO_ROUTERS = ("expert", "embed", "norm", "attn", "attention", "lm_head")
 _ADAPTER_CONFIG_NAME = "adapter_config.json"
+_NULL_ROWS = "num_null_experts"
 _SAMPLE_BYTES = 1 << 16
 _MOST_SAMPLES = 16
 
@@ -37,6 +39,20 @@ class CheckpointTensors:
         self._files = _files_of(self.folder)
         self.shapes = self._shapes()
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says.
+
+        Raises:
+            LitMoEError: if there is none, or it is damaged.
+        """
+        file = self.folder / CONFIG_NAME
+        if not file.is_file():
+            raise LitMoEError(
+                f"folder {self.folder} holds no {CONFIG_NAME}, so it is not a model folder"
+            )
+        return _json_of(file)
+
     def read(self, name: str) -> Tensor:
         """Return one tensor; nothing else is read."""
         with safe_open(self._files[name], framework="pt") as file:
@@ -45,11 +61,8 @@ class CheckpointTensors:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         for path in dict.fromkeys(self._files.values()):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
-                raise LitMoEError(f"{path} cannot be read: {error}") from error
+            with _opened(path) as file:
+                shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
         return shapes
 
 
@@ -63,7 +76,8 @@ def router_names(tensors: CheckpointTensors) -> list[str]:
     Raises:
         LitMoEError: if there is none.
     """
-    counts = _expert_counts(tensors.folder)
+    counts: set[int] = set()
+    _collect(tensors.config, counts)
     found = [
         name
         for name, shape in tensors.shapes.items()
@@ -81,6 +95,21 @@ def router_names(tensors: CheckpointTensors) -> list[str]:
     return sorted(found, key=_in_layer_order)
 
 
+def rows_without_expert(config: Mapping[str, Any], path: str = "") -> dict[str, int]:
+    """Return where a config counts router rows without an expert, and how many.
+
+    Dropping experts may leave such rows, behind those of the experts that stay: routers with equal
+    numbers of rows, but not of these, have their rows in different orders.
+    """
+    found: dict[str, int] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= rows_without_expert(value, f"{path}{key}.")
+        elif key == _NULL_ROWS and (value or path):
+            found[path + key] = value
+    return found
+
+
 def same_elsewhere(first: CheckpointTensors, second: CheckpointTensors) -> bool:
     """Whether a few small tensors that are no routers are equal in two folders."""
     small = sorted(
@@ -95,16 +124,35 @@ def same_elsewhere(first: CheckpointTensors, second: CheckpointTensors) -> bool:
     return all(torch.equal(first.read(n), second.read(n)) for n in sample)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise LitMoEError(f"{path} cannot be read: {error}") from error
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LitMoEError(f"{file} is not JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
 def _files_of(folder: Path) -> dict[str, Path]:
     """Return tensor name -> file."""
     if not folder.is_dir():
         raise LitMoEError(f"checkpoint folder {folder} does not exist{made_by(folder)}")
     index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
     if index.is_file():
-        names: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = _json_of(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise LitMoEError(f"{index} has no weight_map, which says what file holds which tensor")
         return {name: folder / file for name, file in names.items()}
     if single.is_file():
-        with safe_open(single, framework="pt") as file:
+        with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
     if (folder / _ADAPTER_CONFIG_NAME).is_file():
         raise LitMoEError(
@@ -115,24 +163,16 @@ def _files_of(folder: Path) -> dict[str, Path]:
     raise LitMoEError(f"{folder} holds no {SAFE_WEIGHTS_NAME}, which routers could be read from")
 
 
-def _expert_counts(folder: Path) -> set[int]:
-    """Return every number of router rows that the config speaks of."""
-    file = folder / CONFIG_NAME
-    if not file.is_file():
-        raise LitMoEError(f"folder {folder} holds no {CONFIG_NAME}, so it is not a model folder")
-    found: set[int] = set()
-    _collect(json.loads(file.read_text(encoding="utf-8")), found, 0)
-    return found
-
-
-def _collect(part: Mapping[str, Any], found: set[int], default: int) -> None:
+def _collect(part: Mapping[str, Any], found: set[int], default: int = 0, tail: int = 0) -> None:
+    """Add every number of router rows that a config speaks of; layers may override parts of it."""
     count = next((part[k] for k in EXPERT_KEYS if isinstance(part.get(k), int)), default)
-    extra = part.get("num_null_experts", 0) + (part.get("zero_expert_num") or 0)
-    if count > 1 or extra:
-        found |= {count, count + extra}
+    tails = [part[k] for k in (_NULL_ROWS, "zero_expert_num") if isinstance(part.get(k), int)]
+    tail = sum(tails) if tails else tail
+    if count > 1 or tail:
+        found |= {count, count + tail}
     for value in part.values():
         if isinstance(value, dict):
-            _collect(value, found, count)
+            _collect(value, found, count, tail)
 
 
 def _in_layer_order(name: str) -> list[tuple[int, str]]:

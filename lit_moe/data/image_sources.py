@@ -17,6 +17,9 @@ from lit_moe.errors import LitMoEError
 
 DIGITS = "digits"
 """1,797 images of 8 x 8 pixels, which come with scikit-learn."""
+_NONE = (-1,)
+"""What stands for no label in a column of classes."""
+_SAVED = ("dataset_info.json", "dataset_dict.json")
 _QUARTERS = (0, 90, 180, 270)
 
 
@@ -70,8 +73,8 @@ def load_images(
     """Read a set of labelled images.
 
     Args:
-        source: ``digits``, a folder with one sub-folder per class, a parquet file, a ``datasets``
-            folder, or a hub id (``name`` or ``name:config``).
+        source: ``digits``, a folder with one sub-folder per class, a parquet file, a folder that
+            ``datasets`` saved, or a hub id (``name`` or ``name:config``).
         split: of a data set that has several.
         image_size: pixels per side that images are scaled to; None if all have the same size.
         channels: 1 for grey, 3 for colours.
@@ -105,14 +108,16 @@ def open_images(
     Raises:
         LitMoEError: if the source is missing, or holds no image or no label.
     """
-    table = _open(source, split)
+    table = _split_of(_open(source, split), source, split)
     image, label = columns
     missing = [name for name in columns if name not in table.column_names]
     if missing:
-        raise LitMoEError(
-            f"{source} has no column {missing[0]!r}; it has {', '.join(table.column_names)}; name "
-            "them by image_column and label_column"
-        )
+        has = f"{source} has no column {missing[0]!r}; it has {', '.join(table.column_names)}"
+        if table.column_names == ["image"]:
+            raise LitMoEError(
+                f"{has}; a folder of images needs a sub-folder per class, two or more"
+            )
+        raise LitMoEError(f"{has}; name them by image_column and label_column")
     if len(table) == 0:
         raise LitMoEError(f"{source} has no image in its split {split!r}")
     names = getattr(table.features[label], "names", None)
@@ -158,8 +163,15 @@ def turned(images: Images, degrees: Sequence[int]) -> Images:
         LitMoEError: for another angle.
     """
     odd = [angle for angle in degrees if angle not in _QUARTERS]
-    if odd or not degrees:
-        raise LitMoEError(f"turns={list(degrees)} can be some of {list(_QUARTERS)} degrees")
+    if odd or not degrees or len(set(degrees)) < len(degrees):
+        raise LitMoEError(f"turns={list(degrees)} can be some of {list(_QUARTERS)} degrees, once")
+    if any(angle % 180 for angle in degrees) and len(images):
+        height, width = images.shape[1:]
+        if height != width:
+            raise LitMoEError(
+                f"images of {height} x {width} pixels turned by 90 degrees have another shape; set "
+                "image_size, so that all are scaled to squares"
+            )
     return images.turned([angle // 90 for angle in degrees])
 
 
@@ -184,7 +196,7 @@ def _open(source: str, split: str) -> Any:
     try:
         if path.is_file() and path.suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        if path.is_dir() and (path / "dataset_info.json").is_file():
+        if any((path / name).is_file() for name in _SAVED):
             return datasets.load_from_disk(str(path))
         if path.is_dir():
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
@@ -197,7 +209,22 @@ def _open(source: str, split: str) -> Any:
         ) from error
 
 
+def _split_of(found: Any, source: str, split: str) -> Any:
+    """Return one table of a folder that was saved with several."""
+    if not isinstance(found, dict):
+        return found
+    if split not in found:
+        raise LitMoEError(f"{source} has no split {split!r}; it has {', '.join(found)}")
+    return found[split]
+
+
 def _labels(values: list[Any], names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
+    odd = [v for v in values if not isinstance(v, str | int | float) or (names and v in _NONE)]
+    if odd:
+        raise LitMoEError(
+            f"{len(odd)} of {len(values)} images have no label but {odd[0]!r}; a label is a number "
+            "from 0 or a name, so take a split or a column that has them"
+        )
     if names is None:
         found = sorted(set(values))
         names = [str(value) for value in found]

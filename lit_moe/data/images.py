@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -70,10 +71,15 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or channels not in (1, 3) or std <= 0:
+        if batch_size < 1 or channels not in (1, 3) or not std > 0:
             raise LitMoEError(
                 f"batch_size={batch_size}, channels={channels}, std={std:g}: the first must be at "
                 "least 1, the second 1 or 3, the third above 0"
+            )
+        if num_workers < 0 or (image_size is not None and image_size < 1):
+            raise LitMoEError(
+                f"num_workers={num_workers}, image_size={image_size}: the first is at least 0, "
+                "the second at least 1, or null where images have one size"
             )
         self.sources = {"train": (train, train_split), "test": (test, test_split)}
         self.columns = (image_column, label_column)
@@ -176,6 +182,7 @@ class ImageDataModule(L.LightningDataModule):
             self._position = {}
 
     def _cut(self) -> dict[str, Images]:
+        _check_apart(*self.sources.values())
         found = self._load("train")
         shares = {name: self.fractions.of(name) for name in _CUT}
         if self.sources["test"][0] is not None:
@@ -190,6 +197,8 @@ class ImageDataModule(L.LightningDataModule):
         if self.sources["test"][0] is not None:
             parts["test"] = self._load("test")
             _check_same_classes(found, parts["test"])
+        if self.augmentation.crop:
+            _check_margin(self.augmentation.crop, found.shape)
         return {name: turned(images, self.turns) for name, images in parts.items()}
 
     def _load(self, which: str) -> Images:
@@ -229,6 +238,26 @@ class ImageDataModule(L.LightningDataModule):
 
 
 _CUT: tuple[Split, ...] = ("calibration", "validation", "test")
+
+
+def _check_apart(train: tuple[str | None, str], test: tuple[str | None, str]) -> None:
+    """Refuse to test on training images; files have no splits that could tell them apart."""
+    source = str(train[0])
+    path = Path(source).expanduser()
+    has_one = source == DIGITS or path.is_file() or (path / "dataset_info.json").is_file()
+    if train[0] == test[0] and (has_one or train[1] == test[1]):
+        raise LitMoEError(
+            f"test would be the training images themselves ({source}, split {train[1]!r}); leave "
+            "data.init_args.test out, so that fractions.test of them are kept apart"
+        )
+
+
+def _check_margin(crop: int, shape: Sequence[int]) -> None:
+    if crop >= min(shape[1:]):
+        raise LitMoEError(
+            f"augmentation.crop is {crop}, but the images have {shape[1]} x {shape[2]} pixels; a "
+            "mirrored margin must be smaller than the image"
+        )
 
 
 def _check_same_classes(train: Images, test: Images) -> None:

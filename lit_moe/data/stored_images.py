@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lit_moe.errors import LitMoEError
+
 
 @dataclass(frozen=True)
 class ImageForm:
@@ -65,9 +67,25 @@ class StoredImages(Dataset[dict[str, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        pixels = self.form(self.table[int(self.order[index])][self.column])
+        pixels = self._read(int(self.order[index]))
         pixels = torch.rot90(pixels, int(self.quarters[index]), (1, 2))
         return {"pixel_values": pixels, "labels": self.labels[index]}
+
+    def _read(self, row: int) -> Tensor:
+        try:
+            image = self.table[row][self.column]
+            return self.form(image)
+        except (OSError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise LitMoEError(
+                f"{self._name(row)} is no image that could be read: {said}; mend or remove it"
+            ) from error
+
+    def _name(self, row: int) -> str:
+        """Return the file that an image came from, or its place in the table."""
+        raw = _undecoded(self.table, self.column)[row][self.column]
+        path = raw.get("path") if isinstance(raw, dict) else None
+        return f"row {row} of column {self.column!r}" + (f" ({path})" if path else "")
 
     @property
     def pixels(self) -> Tensor:
@@ -116,8 +134,25 @@ def turned_labels(
 
 def _as_tensor(image: Any, channels: int) -> Tensor:
     """Return one image ``(1 or channels, height, width)`` in [0, 1]."""
-    if hasattr(image, "convert"):
-        image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    pixels = torch.as_tensor(np.array(image))
-    pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+    if hasattr(image, "convert") and image.mode not in _DEEP:
+        image = image.convert("L" if channels == 1 else "RGB")
+    array = np.array(image)
+    if array.ndim not in (2, 3) or array.dtype.kind not in "uif":
+        raise TypeError(f"it has {array.ndim} dimensions of {array.dtype}")
+    if array.ndim == 3 and array.shape[2] != channels:
+        raise ValueError(f"it has {array.shape[2]} channels, not {channels}")
+    pixels = torch.from_numpy(array.astype(np.float32) / _WHITE.get(array.dtype.name, 255))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+_DEEP = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
+"""Modes of PIL for grey images with more than 8 bits, which it would cut off when converting."""
+_WHITE = {"uint16": 65535, "int32": 65535, "float32": 1, "float64": 1}
+"""The brightest value of an array by its type; 255 for the others."""
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    import datasets
+
+    is_image = isinstance(table.features[column], datasets.Image)
+    return table.cast_column(column, datasets.Image(decode=False)) if is_image else table

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.vit.configuration_vit import ViTConfig
+
+RouterType = Literal["token_choice", "expert_choice"]
+Dropped = Literal["zero", "delete"]
+Pooling = Literal["token", "mean"]
+ROUTERS, DROPPED, POOLINGS = get_args(RouterType), get_args(Dropped), get_args(Pooling)
+_AT_LEAST_1 = (
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "tokens_per_expert"),
+    "representation_size",
+)
+_AT_LEAST_0 = ("num_null_experts", "router_noise", "importance_loss", "load_loss")
 
 
 @strict
@@ -53,7 +63,7 @@ class VMoEConfig(ViTConfig):
     num_experts_per_tok: int = 2
     moe_layers: list[int] | None = None
     moe_intermediate_size: int | None = None
-    router_type: Literal["token_choice", "expert_choice"] = "token_choice"
+    router_type: RouterType = "token_choice"
     tokens_per_expert: int | None = None
     capacity_factor: float | int | None = 1.05
     eval_capacity_factor: float | int | None = 1.05
@@ -61,8 +71,8 @@ class VMoEConfig(ViTConfig):
     router_noise: float | int = 1.0
     importance_loss: float | int = 0.005
     load_loss: float | int = 0.005
-    dropped_experts: Literal["zero", "delete"] = "zero"
-    pooling: Literal["token", "mean"] = "token"
+    dropped_experts: Dropped = "zero"
+    pooling: Pooling = "token"
     representation_size: int | None = None
     n_group: int = 1
     topk_group: int = 1
@@ -78,6 +88,8 @@ class VMoEConfig(ViTConfig):
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         check_tiles(self.image_size, self.patch_size)
+        _check_words(self)
+        _check_numbers(self)
         if self.tokens_per_expert is None:
             share = self.num_experts_per_tok * num_tokens(self) / self.num_experts
             self.tokens_per_expert = min(max(round(share), 1), num_tokens(self))
@@ -100,6 +112,8 @@ def check_tiles(image_size: Any, patch_size: Any) -> None:
         ValueError: with both sizes and the nearest that would do.
     """
     (height, width), (rows, columns) = _pair(image_size), _pair(patch_size)
+    if min(rows, columns) < 1:
+        raise ValueError(f"patches of {rows} x {columns} pixels are none; patch_size is at least 1")
     if height % rows or width % columns or min(height, width) < 1:
         near = tuple(max(round(a / b), 1) * b for a, b in ((height, rows), (width, columns)))
         raise ValueError(
@@ -113,8 +127,27 @@ def _pair(size: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
+def _check_words(config: VMoEConfig) -> None:
+    choices = {"router_type": ROUTERS, "dropped_experts": DROPPED, "pooling": POOLINGS}
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; it can be {' or '.join(known)}")
+
+
+def _check_numbers(config: VMoEConfig) -> None:
+    least = dict.fromkeys(_AT_LEAST_1, 1) | dict.fromkeys(_AT_LEAST_0, 0)
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int | float) or value < bound):
+            raise ValueError(f"{name} is {value!r}; it must be a number of at least {bound}")
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be above 0, or null for no limit")
+
+
 def _check_layers(moe_layers: list[int], num_layers: int) -> None:
-    odd = [i for i in moe_layers if not 0 <= i < num_layers]
+    odd = [i for i in moe_layers if i not in range(num_layers)]
     if odd or not moe_layers:
         raise ValueError(
             f"moe_layers={moe_layers} must name some of the layers 0 to {num_layers - 1}"

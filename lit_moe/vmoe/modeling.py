@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
+from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTLayer
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from lit_moe.vmoe.block import VMoELayer
 from lit_moe.vmoe.configuration import VMoEConfig
@@ -41,11 +43,16 @@ class VMoEPreTrainedModel(PreTrainedModel):
     builds_per_layer = True
     """Layers with different numbers of experts need no help to be loaded."""
     input_modalities: Any = ("image",)
+    supports_gradient_checkpointing = True
     _no_split_modules: Any = ("ViTEmbeddings", "ViTLayer", "VMoELayer")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_record_outputs: Any = {  # noqa: RUF012 - as transformers declares it
+        "hidden_states": ViTLayer,
+        "attentions": ViTAttention,
+    }
     _input_embed_layer = "patch_embeddings"
 
     @classmethod
@@ -96,6 +103,8 @@ class VMoEModel(VMoEPreTrainedModel):
         self.num_members = config.n_group
         self.post_init()
 
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs(tie_last_hidden_states=False)  # type: ignore[untyped-decorator]
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Return the last hidden states ``(B, S, H)``, for an ensemble member by member."""
         interpolate = bool(kwargs.get("interpolate_pos_encoding"))
@@ -122,6 +131,7 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
         self.classifier = nn.Linear(width, int(config.num_labels or 0))
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput:
@@ -130,14 +140,15 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
         Args:
             pixel_values: shape ``(B, channels, height, width)``.
             labels: class ids, shape ``(B,)``.
-            **kwargs: ``interpolate_pos_encoding`` for images of another size.
+            **kwargs: ``interpolate_pos_encoding`` for images of another size, and what any model
+                takes: ``output_hidden_states``, ``output_attentions``, ``return_dict``.
 
         Returns:
             ``logits (B, labels)`` and, with labels, ``loss``: cross-entropy (of an ensemble: mean
             over its members) and, in training, the auxiliary losses of the routers.
         """
-        kwargs.pop("return_dict", None)
-        hidden_BSH = self.vit(pixel_values, **kwargs)[0]
+        body = self.vit(pixel_values, **kwargs)
+        hidden_BSH = body.last_hidden_state
         token = self.config.pooling == "token"
         pooled_MH = hidden_BSH[:, 0] if token else hidden_BSH.mean(dim=1)
         if self.pre_logits is not None:
@@ -147,7 +158,12 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_ML.float(), labels.repeat(members)) + self._auxiliary()
-        return ImageClassifierOutput(loss=loss, logits=averaged(logits_ML, members))
+        return ImageClassifierOutput(
+            loss=loss,
+            logits=averaged(logits_ML, members),
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
 
     def _auxiliary(self) -> Tensor | float:
         """Return the mean over MoE layers, and let go of it: a model with it cannot be copied."""

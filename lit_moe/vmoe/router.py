@@ -5,9 +5,12 @@ B images, S tokens per image, T tokens of all images, R router rows, K rows per 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils.generic import maybe_autocast
 
 from lit_moe.vmoe.configuration import VMoEConfig
 from lit_moe.vmoe.routing import choose_tokens, importance_loss, load_loss, only_own_rows
@@ -33,7 +36,8 @@ class VMoERouter(nn.Module):
 
         Under expert choice gates and rows are ``(S, 1)``, followed by the tokens ``(S,)``.
         """
-        logits_BSR = F.linear(hidden_BSH.float(), self.weight.float())
+        with maybe_autocast(hidden_BSH.device.type, enabled=False):  # halves would make ties
+            logits_BSR = F.linear(hidden_BSH.float(), self.weight.float())
         logits_TR = logits_BSR.reshape(-1, logits_BSR.shape[-1])
         if self.chooses_tokens:
             gates_S, rows_S, tokens_S = choose_tokens(logits_BSR, self.tokens_per_expert or 1)
@@ -47,6 +51,10 @@ class VMoERouter(nn.Module):
         probability_TR = torch.softmax(noisy_TR.T.contiguous(), dim=0).T
         gates_TK, rows_TK = torch.topk(probability_TR, top_k, dim=-1)
         return logits_TR, gates_TK.to(hidden_BSH.dtype), rows_TK
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and stored: not the loss of the last batch, which is no leaf."""
+        return {**self.__dict__, "aux_loss": None}
 
     def _noisy(self, logits_TR: Tensor) -> Tensor:
         if not self.training or not self.noise:

@@ -44,7 +44,7 @@ CRITERIA: dict[str, dict[str, Any]] = {
     "importance": {},
     "frequency": {},
 }
-RECOVERED = ("router_change", "importance")
+RECOVERED = ("router_change", "router_change inverse", "importance", "random 0")
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def measure(store: Store, name: str, seed: int) -> None:
         plan = lit_moe.select(scores, keep_ratio=1 - dropped / 8, sites=find_sites(model))
         cell = {"seed": seed, "criterion": criterion, "dropped": dropped}
         store.measure(partial(after_cut, after, plan, task), name, "dropped", **cell)
-        known = criterion in RECOVERED or criterion == "random 0"
-        if known and name != "hard":
+        if criterion in RECOVERED:
             work = partial(after_cut, after, plan, task, seed, RECOVERY_STEPS)
             store.measure(work, name, "recovered", **cell)
 

@@ -13,6 +13,8 @@ from lit_moe.criteria import Evidence, get_criterion
 from lit_moe.criteria.router_change import router_changes
 from lit_moe.criteria.router_rows import CheckpointTensors, router_names
 from lit_moe.errors import LitMoEError, NoEffectWarning
+from lit_moe.plan import KeepPlan
+from lit_moe.surgery import shrink
 from lit_moe.testing import FAMILIES, tiny_moe
 from lit_moe.testing.vision import tiny_vmoe
 
@@ -109,6 +111,72 @@ def test_routers_of_other_names_are_refused(pair, tmp_path):
         router_changes(tmp_path / "other", folder / "after")
     with pytest.raises(LitMoEError, match="has no router for"):
         scores_of(model, ancestor=str(tmp_path / "other"))
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """A V-MoE, half of it with dropped experts' rows behind the others, and that one tuned."""
+    model = tiny_vmoe("zero")
+    first, second = find_sites(model)
+    model.save_pretrained(tmp_path / "whole")
+    kept = {first.name: (1, 2, 5, 6, 7), second.name: (0, 5)}
+    shrink(model, KeepPlan(kept, dict.fromkeys(kept, 8)))
+    model.save_pretrained(tmp_path / "cut")
+    with torch.no_grad():
+        for row in rows(model):
+            row.mul_(1 + torch.arange(8)[:, None] / 10)
+    model.save_pretrained(tmp_path / "tuned")
+    return model, tmp_path
+
+
+def test_a_model_with_dropped_experts_is_compared_with_what_it_was_tuned_from(cut):
+    model, folder = cut
+    scores = scores_of(model, ancestor=str(folder / "cut"))
+    found = router_changes(folder / "cut", folder / "tuned")
+    assert [len(values) for values in scores.values()] == [5, 2]
+    for row, values, others in zip(rows(model), scores.values(), found.values(), strict=True):
+        norms = row.double().norm(dim=1)
+        expected = norms - norms / (1 + torch.arange(8).double() / 10)
+        torch.testing.assert_close(others, expected, rtol=1e-5, atol=2e-6)
+        assert torch.equal(values, others[: len(values)])
+
+
+def test_rows_that_dropping_moved_are_not_compared(cut):
+    model, folder = cut
+    words = "differ in router rows without an expert .none and .*num_null_experts=6"
+    with pytest.raises(LitMoEError, match=words):
+        router_changes(folder / "whole", folder / "tuned")
+    with pytest.raises(LitMoEError, match=words):
+        scores_of(model, ancestor=str(folder / "whole"))
+
+
+def test_routers_with_further_rows_are_compared(tmp_path):
+    model = tiny_moe("longcat_flash")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for row in rows(model):
+            row.mul_(2)
+    for site, values in zip(
+        find_sites(model), scores_of(model, ancestor=str(tmp_path)).values(), strict=True
+    ):
+        assert values.shape == (site.num_experts,)
+        assert (values > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.safetensors", "short", "model.safetensors cannot be read"),
+        ("model.safetensors.index.json", "{", "index.json is not JSON"),
+        ("model.safetensors.index.json", "{}", "index.json has no weight_map"),
+        ("config.json", "[1", "config.json is not JSON"),
+    ],
+)
+def test_damaged_files_are_told(name, content, words, pair):
+    _, folder = pair
+    (folder / "before" / name).write_text(content)
+    with pytest.raises(LitMoEError, match=words):
+        router_changes(folder / "before", folder / "after")
 
 
 def test_an_adapter_alone_is_refused(tmp_path):

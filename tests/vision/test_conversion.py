@@ -56,6 +56,21 @@ def test_what_cannot_be_upcycled_is_refused(dense):
         upcycle(tiny_moe("mixtral"))
     with pytest.raises(LitMoEError, match="must name some of the layers 0 to 1"):
         upcycle(dense, moe_layers=[5])
+    with pytest.raises(LitMoEError, match="router_type is 'both'; it can be token_choice or exp"):
+        upcycle(dense, router_type="both")
+    with pytest.raises(LitMoEError, match="cls_token is .1, 1, 16., the fields ask for .1, 1, 32"):
+        upcycle(dense, hidden_size=32)
+    with pytest.raises(LitMoEError, match="noise=-1 is a deviation"):
+        upcycle(dense, noise=-1)
+
+
+def test_other_labels_get_a_new_classifier(dense):
+    sparse = upcycle(dense, num_labels=3)
+    assert sparse(torch.randn(2, 3, 8, 8)).logits.shape == (2, 3)
+    assert sparse.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+SPARSE = "Encoder/encoderblock_1"
 
 
 def jax_arrays(prefix=""):
@@ -148,6 +163,10 @@ def test_a_jax_file_gives_the_logits_of_the_jax_code(prefix, tmp_path):
     ("change", "words"),
     [
         (lambda a: a.pop("cls"), "has no cls"),
+        (lambda a: a.pop(f"{SPARSE}/SelfAttention/query/kernel"), "has no .*query/kernel of 3 dim"),
+        (lambda a: a.pop(f"{SPARSE}/Moe/Mlp/Dense_0/kernel"), "has no .*Dense_0/kernel of 3 dim"),
+        (lambda a: a.update({"embedding/kernel": np.zeros((48, 16))}), "embedding/kernel of 4 dim"),
+        (lambda a: a.update({"cls": np.array(["x"])}), "it holds <U1, no numbers"),
         (lambda a: a.pop("Encoder/encoder_norm/bias"), "lacks what becomes vit.layernorm.bias"),
         (lambda a: a.update({"pre_logits/kernel": np.zeros((16, 16))}), "holds pre_logits/kernel"),
         (lambda a: a.update({"head/kernel": np.zeros((16, 7))}), r"shape \(16, 7\), but"),
@@ -168,3 +187,22 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     np.savez(tmp_path / "y.npz", weights=np.zeros(3))
     with pytest.raises(LitMoEError, match="is no V-MoE checkpoint"):
         vmoe_from_npz(tmp_path / "y.npz")
+    np.savez(tmp_path / "z.npz", **jax_arrays())
+    whole = (tmp_path / "z.npz").read_bytes()
+    (tmp_path / "z.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LitMoEError, match="is no npz file that could be read"):
+        vmoe_from_npz(tmp_path / "z.npz")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(LitMoEError, match="is no npz file that could be read"):
+        vmoe_from_npz(tmp_path / "one.npy")
+
+
+def test_halves_of_a_float_are_read_as_bfloat16(tmp_path):
+    arrays = jax_arrays()
+    halves = {k: (v.view(np.uint32) >> 16).astype(np.uint16) for k, v in arrays.items()}
+    np.savez(tmp_path / "vmoe.npz", **{k: v.view("V2") for k, v in halves.items()})
+    model = vmoe_from_npz(tmp_path / "vmoe.npz")
+    kernel = torch.from_numpy(arrays["head/kernel"].T.copy())
+    found = model.get_parameter("classifier.weight").detach()
+    torch.testing.assert_close(found, kernel, rtol=2**-7, atol=0)
+    assert torch.equal(found, found.bfloat16().float())

@@ -134,6 +134,8 @@ def test_labels_of_a_superset_are_known_by_name():
         LitMoEError, match=r"the data has 3 classes \(b, a, c, ...\), but the model"
     ):
         check_labels(model, ("b", "a", "c"))
+    with pytest.raises(LitMoEError, match=r"same 5 classes in different orders \(b, a, c, d, e"):
+        check_labels(model, tuple("bacde"))
     with pytest.raises(LitMoEError, match="has 6 classes .* model has 5 labels"):
         check_labels(model, tuple("abcdef"))
 
@@ -159,6 +161,8 @@ def test_bad_input_is_one_sentence(folder, tmp_path):
     refuse("no folder, parquet file", lambda: load_images(str(tmp_path / "nothing.parquet")))
     refuse(r"turns=\[45\] can be some", lambda: turned(load_images("digits"), [45]))
     refuse("channels=2", lambda: ImageDataModule(channels=2))
+    refuse("image_size=0: the first is", lambda: ImageDataModule(image_size=0))
+    refuse("num_workers=-1, ", lambda: ImageDataModule(num_workers=-1))
     refuse("crop is -1", lambda: Augmentation(crop=-1))
     no_test = ImageDataModule(fractions=SplitFractions(0.1, 0.1, 0.0))
     refuse(r"test split has no image: set fractions.test", lambda: no_test.images("test"))

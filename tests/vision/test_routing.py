@@ -148,6 +148,18 @@ def test_training_adds_the_losses_and_forgets_them():
         ({"image_size": 9}, "images of 9 x 9 pixels cannot be cut into patches of 2 x 2"),
         ({"moe_layers": [7]}, "must name some of the layers 0 to 3"),
         ({"num_members": 2, "router_type": "expert_choice"}, "only router_type token_choice"),
+        ({"router_type": "both"}, "router_type is 'both'; it can be token_choice or expert_choice"),
+        ({"dropped_experts": "x"}, "dropped_experts is 'x'; it can be zero or delete"),
+        ({"pooling": "max"}, "pooling is 'max'; it can be token or mean"),
+        ({"patch_size": 0}, "patches of 0 x 0 pixels are none"),
+        ({"moe_layers": [1.5]}, "must name some of the layers 0 to 3"),
+        ({"num_experts": "8"}, "num_experts is '8'; it must be a number"),
+        ({"num_experts": 0}, "num_experts is 0; it must be a number of at least 1"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0; it must be a number of at least 1"),
+        ({"tokens_per_expert": 0}, "tokens_per_expert is 0; it must be a number of at least 1"),
+        ({"capacity_factor": 0}, "capacity_factor is 0; it must be above 0, or null"),
+        ({"eval_capacity_factor": -1.0}, "eval_capacity_factor is -1.0; it must be above 0"),
+        ({"router_noise": -1.0}, "router_noise is -1.0; it must be a number of at least 0"),
     ],
 )
 def test_what_cannot_be_built_is_refused(fields, words):

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -12,6 +13,7 @@ from lit_moe.adapters import count_experts, find_sites
 from lit_moe.adapters.router_mask import is_masked
 from lit_moe.callbacks import ExportModel, TaskSpecificPruning
 from lit_moe.callbacks.task_specific import proficiency
+from lit_moe.cli import main
 from lit_moe.data import TextDataModule
 from lit_moe.errors import LitMoEError
 from lit_moe.module import MoEModule
@@ -39,6 +41,51 @@ def test_eager_dropping_ends_with_one_expert_that_is_a_dense_layer(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert "step 4: " in " ".join(report["warnings"])
     assert list(report["images"]) == ["before", "trained"]
+
+
+@pytest.mark.parametrize("window", [2, 3, 50])
+def test_eager_dropping_keeps_the_expert_that_the_last_window_used_most(window, tmp_path):
+    seen = []
+
+    class Watched(TaskSpecificPruning):
+        def _end_window(self, trainer, module, *, force):
+            alive = self._hidden.alive(module.built_model).kept
+            seen.append((force, alive, {name: sums.clone() for name, sums in self._gates.items()}))
+            super()._end_window(trainer, module, force=force)
+
+    L.seed_everything(0, verbose=False)
+    model = module(architecture={**DIGITS, "dropped_experts": "delete"})
+    trainer(tmp_path, [Watched(beta=0.1, window=window)], max_steps=8).fit(model, data())
+    force, alive, gates = seen[-1]
+    assert force
+    for name, sums in gates.items():
+        best = max(alive[name], key=lambda e: sums[e])
+        assert sums[best] > 0
+        assert model.plan.kept[name] == (best,)
+    assert any(kept != (0,) for kept in model.plan.kept.values())
+
+
+def test_what_a_validation_shows_does_not_count(tmp_path):
+    sums = []
+
+    class Watched(TaskSpecificPruning):
+        def on_train_end(self, trainer, module):
+            sums.append({name: gates.clone() for name, gates in self._gates.items()})
+            super().on_train_end(trainer, module)
+
+    for every in (None, 1):
+        watched = Watched(beta=0.5, window=50, eager=False)
+        fit_task(tmp_path / str(every), watched, max_steps=3, val_check_interval=every)
+    without, with_validations = sums
+    assert sum(gates.sum() for gates in without.values()) > 0
+    for name, gates in without.items():
+        assert torch.equal(gates, with_validations[name])
+
+
+def test_experts_that_choose_their_tokens_are_refused(tmp_path):
+    model = module(architecture={**DIGITS, "router_type": "expert_choice"})
+    with pytest.raises(LitMoEError, match="each expert takes equally many tokens"):
+        trainer(tmp_path, [TaskSpecificPruning()]).fit(model, data())
 
 
 def test_experts_are_dropped_for_good_and_only_in_the_first_half(tmp_path):
@@ -146,3 +193,23 @@ def test_a_run_of_unknown_length_is_refused(tmp_path):
     run = trainer(tmp_path, [TaskSpecificPruning()], max_steps=-1, max_epochs=1)
     with pytest.raises(LitMoEError, match="trainer.max_steps is -1; set it"):
         run.fit(module(), data())
+
+
+def test_its_config_runs_on_what_it_asks_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"hidden_size": 16, "intermediate_size": 16, "dropped_experts": "delete"}
+    words = [f"--model.init_args.architecture.{key}={value}" for key, value in small.items()]
+    assert fit("pretrain_digits", *words, "--trainer.logger.init_args.name=pretrain_delete") == 0
+    assert fit("task_specific", "--TaskSpecificPruning.window=1") == 0
+    report = json.loads(Path("runs/vision/task_specific/report.json").read_text())
+    assert list(report["images"]) == ["before", "trained"]
+    assert {len(layer["kept"]) for layer in report["experts"].values()} == {1}
+    config = json.loads(Path("runs/vision/task_specific/model/config.json").read_text())
+    assert config["num_experts"] == 1
+    assert not config.get("num_null_experts")
+
+
+def fit(name, *words):
+    """Run a config of ``configs/vision`` for four steps, here."""
+    config = Path(__file__).parents[2] / "configs" / "vision" / f"{name}.yaml"
+    return main(["fit", "--config", str(config), "--trainer.max_steps=4", *words])

@@ -96,6 +96,10 @@ def test_odd_sizes_are_refused():
         TwoPatternStudy(replace(TASK, chosen=20))
     with pytest.raises(LitMoEError, match="experts must be even"):
         study_changes(replace(TASK, experts=3), (16,), 1)
+    amounts = {"dimensions": (2,)}, {"ratios": (1.0,)}, {"num_seeds": 0}, {"dimensions": ()}
+    for fields in amounts:
+        with pytest.raises(LitMoEError, match="must be above 2, ratios="):
+            TwoPatternStudy(**fields)
 
 
 def test_the_study_is_written_with_its_figure(tmp_path, capsys):

@@ -45,13 +45,20 @@ def check_labels(model: PreTrainedModel, names: Sequence[str]) -> None:
         names: of the data's classes, by label.
 
     Raises:
-        LitMoEError: with both numbers, and what would do.
+        LitMoEError: with both numbers, and what would do; or if the same labels are in another
+            order.
     """
     config: Any = model.config
     count = len(names)
     known = [str((config.id2label or {}).get(i)) for i in range(config.num_labels)]
     if known[:count] == list(names):
         return
+    if sorted(known) == sorted(names):
+        raise LitMoEError(
+            f"the data and the model have the same {count} classes in different orders "
+            f"({', '.join(names[:5])}, ... and {', '.join(known[:5])}, ...), so that labels would "
+            "mean something else; give the data the model's order (a ClassLabel column)"
+        )
     if config.num_labels != count:
         raise LitMoEError(
             f"the data has {count} classes ({', '.join(names[:5])}, ...), but the model has "

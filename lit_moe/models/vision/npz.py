@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -151,15 +152,24 @@ def _our_name(name: str) -> tuple[str, Change]:
 def _read(path: Path) -> dict[str, np.ndarray]:
     """Return all arrays by name, without a prefix that they share."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {name: _numbers(file[name]) for name in file.files}
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise LitMoEError(f"{path} is no npz file that could be read: {error}") from error
     prefixes = {name.partition("Encoder/")[0] for name in arrays if "Encoder/" in name}
     if len(prefixes) != 1:
         raise LitMoEError(f"{path} is no V-MoE checkpoint: it has no one `Encoder/` of tensors")
     prefix = prefixes.pop()
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """Return the array; bfloat16, which numpy stores as two unnamed bytes, as float32."""
+    if array.dtype == np.dtype("V2"):
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"it holds {array.dtype}, no numbers")
+    return array
 
 
 def _config_of(
@@ -169,17 +179,18 @@ def _config_of(
     fields: Mapping[str, Any],
 ) -> VMoEConfig:
     routers = {int(n.split("_")[1].split("/")[0]): n for n in arrays if "Moe/Router/" in n}
-    needed = ("cls", "embedding/kernel", _POSITIONS)
-    for name in needed:
-        if name not in arrays or not routers:
-            what = name if routers else "Moe/Router/dense/kernel"
+    first = f"Encoder/encoderblock_{min(routers, default=0)}"
+    query, up = f"{first}/SelfAttention/query/kernel", f"{first}/Moe/Mlp/Dense_0/kernel"
+    needed = {"cls": 3, "embedding/kernel": 4, _POSITIONS: 3, query: 3, up: 3}
+    for name, ndim in needed.items():
+        if name not in arrays or not routers or arrays[name].ndim != ndim:
+            what = f"{name} of {ndim} dimensions" if routers else "Moe/Router/dense/kernel"
             raise LitMoEError(f"{path} has no {what}, so it is no V-MoE that can be read here")
     blocks = {int(m.group(1)) for m in map(_IN_BLOCK.fullmatch, arrays) if m}
     patch, _, channels, hidden = arrays["embedding/kernel"].shape
     side = math.isqrt(arrays[_POSITIONS].shape[1] - 1)
-    first = f"Encoder/encoderblock_{min(routers)}"
-    _, heads, _ = arrays[f"{first}/SelfAttention/query/kernel"].shape
-    num_experts, _, width = arrays[f"{first}/Moe/Mlp/Dense_0/kernel"].shape
+    _, heads, _ = arrays[query].shape
+    num_experts, _, width = arrays[up].shape
     dense = [v.shape[1] for k, v in arrays.items() if re.search(r"\d/Mlp/Dense_0/kernel", k)]
     head = {"head/bias": "num_labels", "pre_logits/bias": "representation_size"}
     widths = {own: arrays[name].shape[0] for name, own in head.items() if name in arrays}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_moe.errors import LitMoEError
 from lit_moe.models.vision.two_patterns import (
+    RELEVANT,
     ExpertChoiceLayer,
     TwoPatterns,
     accuracy,
@@ -118,6 +119,24 @@ def check_task(task: TwoPatterns) -> None:
             f"experts choose {task.chosen} of {task.tokens} tokens, and half of {task.experts} "
             "experts vote for each class: chosen can be at most tokens, experts must be even, "
             "steps and batch at least 1"
+        )
+
+
+def check_amounts(
+    dimensions: Sequence[int], pruned_dimension: int, ratios: Sequence[float], num_seeds: int
+) -> None:
+    """Refuse dimensions without an irrelevant pattern, ratios that leave no expert, and no run.
+
+    Raises:
+        LitMoEError: naming them.
+    """
+    smallest = min((pruned_dimension, *dimensions))
+    is_odd = any(not 0 <= ratio < 1 for ratio in ratios)
+    if not dimensions or not ratios or smallest <= RELEVANT or is_odd or num_seeds < 1:
+        raise LitMoEError(
+            f"dimensions={list(dimensions)} and pruned_dimension={pruned_dimension} must be above "
+            f"{RELEVANT}, ratios={list(ratios)} at least 0 and below 1, one of each at least, and "
+            f"num_seeds={num_seeds} at least 1"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ def upcycle(
         moe_layers: layers that get experts; None for every second.
         noise: normal noise on the copies, as a multiple of each matrix's own deviation; copies
             without any become different only by what tokens they are sent.
-        **fields: further fields of ``VMoEConfig``.
+        **fields: further fields of ``VMoEConfig``; another ``num_labels`` gives a new, random
+            classifier.
 
     Returns:
         A model in evaluation mode, in the dtype and on the device of ``model``.
@@ -56,7 +57,10 @@ def upcycle(
         raise LitMoEError(
             f"{type(model).__name__} cannot be upcycled: a ViTForImageClassification can"
         )
-    shared = {key: getattr(model.config, key) for key in _SAME_KEYS}
+    if noise < 0:
+        raise LitMoEError(f"noise={noise:g} is a deviation, which is at least 0")
+    same = [key for key in _SAME_KEYS if key != "id2label" or "num_labels" not in fields]
+    shared = {key: getattr(model.config, key) for key in same}
     layers = None if moe_layers is None else list(moe_layers)
     own = {"num_experts": num_experts, "num_experts_per_tok": top_k, "moe_layers": layers}
     try:
@@ -66,12 +70,27 @@ def upcycle(
         raise LitMoEError(f"the model cannot be upcycled: {error}") from error
     dense = model.state_dict()
     with torch.no_grad():
-        for name, parameter in sparse.named_parameters():
-            if name in dense:
-                parameter.copy_(dense[name])
+        for name, parameter in _shared_with(dense, sparse):
+            parameter.copy_(dense[name])
         for i in config.moe_layers or ():
             _fill(sparse.get_submodule(f"vit.layers.{i}.mlp.experts"), dense, i, noise)
     return sparse.to(model.device).eval()
+
+
+def _shared_with(
+    dense: dict[str, torch.Tensor], sparse: nn.Module
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that both have; not a classifier of other labels."""
+    for name, parameter in sparse.named_parameters():
+        if name not in dense:
+            continue
+        if dense[name].shape == parameter.shape:
+            yield name, parameter
+        elif not name.startswith("classifier."):
+            raise LitMoEError(
+                f"the model cannot be upcycled: its {name} is {tuple(dense[name].shape)}, the "
+                f"fields ask for {tuple(parameter.shape)}; leave out those that the model decides"
+            )
 
 
 def _fill(experts: nn.Module, dense: dict[str, torch.Tensor], layer: int, noise: float) -> None:
