@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lit_moe.heap import free_buffers_of_thread, share_heap
+
 
 class _Abandoned(BaseException):
     """Raised inside a forward that nobody waits for any more."""
@@ -34,6 +36,7 @@ class HeldForward:
         self._error: BaseException | None = None
         self._abandoned = False
         self._thread = threading.Thread(target=self._work, daemon=True)
+        share_heap()
         self._thread.start()
 
     def advance(self, answer: object = None) -> tuple[str, Any] | None:
@@ -61,6 +64,7 @@ class HeldForward:
         if threading.current_thread() is not self._thread:
             return None
         self._event = (point, payload)
+        free_buffers_of_thread()
         self._wait()
         answer, self._answer = self._answer, None
         return answer

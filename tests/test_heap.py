@@ -26,14 +26,27 @@ def test_freed_tensors_between_live_ones_go_back_to_the_system():
     assert all(bool((t == 1).all()) for t in every_other)
 
 
-def test_without_glibc_nothing_happens(monkeypatch):
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
+def test_buffers_of_a_thread_are_freed_and_made_again():
+    heap.free_buffers_of_thread()
+    left, right = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    before = left @ right
+    heap.free_buffers_of_thread()
+    assert heap._function.cache_info().currsize > 0
+    assert torch.equal(left @ right, before)
+
+
+@pytest.mark.parametrize(
+    "what", [heap.give_back_memory, heap.share_heap, heap.free_buffers_of_thread]
+)
+def test_where_a_library_cannot_do_it_nothing_happens(what, monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda _: object())
-    heap._malloc_trim.cache_clear()
+    heap._function.cache_clear()
     try:
-        heap.give_back_memory()
-        assert heap._malloc_trim() is None
+        what()
+        assert heap._function(None, "malloc_trim") is None
     finally:
-        heap._malloc_trim.cache_clear()
+        heap._function.cache_clear()
 
 
 def resident() -> int:
