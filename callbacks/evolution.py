@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,6 +19,7 @@ from lit_moe.callbacks.evolution_parts import (
     measure_baselines,
     plan_of,
 )
+from lit_moe.callbacks.evolution_record import finish_report, open_history
 from lit_moe.callbacks.evolution_view import LiveView
 from lit_moe.callbacks.merge import ExpertMerging
 from lit_moe.callbacks.report import report_writer
@@ -30,17 +31,19 @@ from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
 from lit_moe.plans import Plan, plan_from_dict
 from lit_moe.projection import project_routers
-from lit_moe.search.evolution import Evolution, Problem
+from lit_moe.search.evolution import Evolution
 from lit_moe.search.fitness import Fitness, NegativeLoss, RowFitness
-from lit_moe.search.genome import Genome, one_hot
-from lit_moe.search.history import History, Line
+from lit_moe.search.history import History
+from lit_moe.search.journal import Journal, remove_journals
 from lit_moe.search.live import LiveModel
 from lit_moe.search.options import Effort, Racing, Rates, SearchSpace
+from lit_moe.search.problem import Problem
 from lit_moe.search.report import SearchReport
 from lit_moe.search.run import Outcome, SearchRun
 from lit_moe.search.samples import SampleSizes, splits_of
-from lit_moe.search.scoring import Measures, ModelEvaluator, SplitScorer
-from lit_moe.search.space import fingerprint, problem_of
+from lit_moe.search.scoring import Measures, SplitScorer
+from lit_moe.search.sharing import ModelEvaluator
+from lit_moe.search.space import problem_of
 from lit_moe.selection.budget import parse_bytes
 from lit_moe.sharding.partitions import is_partitioned
 
@@ -75,7 +78,8 @@ class EvolutionarySearch(Callback):
         warm_start: plan files, or names of criteria whose choice the search begins with.
         baselines: names of criteria, or ``dynamic_skipping``, measured on the same samples.
         project: turn routers that mix probabilities into plain ones afterwards.
-        memory: hidden states kept per split, and merged experts: each at most so many bytes.
+        memory: bytes beside the model: half for hidden states of the search split, a quarter for
+            those of the dev split, a quarter for merged experts.
         history: file; None for ``search.jsonl`` in ``trainer.default_root_dir``.
         loop: ``validation``, ``fit_start``, or ``auto``: validation loops wherever they are
             possible (``limit_val_batches`` above 0, one device, DDP or ZeRO stage 1 or 2, no Refit
@@ -222,13 +226,18 @@ class EvolutionarySearch(Callback):
             model,
             problem.groups,
             router_space=self.space.router_space,
-            cache_bytes=self.memory,
+            cache_bytes=self.memory // 4,
             merges=self._merges(problem),
         )
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        measures = Measures(self.fitness, self.finer, self.samples.batch_size, self.memory)
-        scorers = {k: SplitScorer(live, v, measures, tokenizer) for k, v in splits.items()}
-        return Search(problem, live, splits, measures, scorers, plans, tokenizer)
+        measures = Measures(self.fitness, self.finer, self.samples.batch_size)
+        shares = {"search": self.memory // 2, "dev": self.memory // 4, "test": 0}
+        scorers = {
+            name: SplitScorer(live, data, replace(measures, prefix_bytes=shares[name]), tokenizer)
+            for name, data in splits.items()
+        }
+        merges = self._merges(problem)
+        return Search(problem, live, splits, measures, scorers, plans, tokenizer, merges)
 
     def _merges(self, problem: Problem) -> bool:
         """Whether there is a continuous phase."""
@@ -237,13 +246,16 @@ class EvolutionarySearch(Callback):
     def _searched(
         self, trainer: Trainer, module: MoEModule, search: Search, *, in_validation: bool
     ) -> tuple[Outcome, SearchReport]:
-        report = self._begun_report(search)
+        if self.effort.bound and self.racing is None:
+            search.scorers["search"].ask_hardest_first()
         for scorer in search.scorers.values():
             scorer.learn_whole()
-        report.stages["before"] = search.points(None)
-        evolution = Evolution(search.problem, self.rates, self.effort)
-        evaluator = ModelEvaluator(search.scorers, search.live, top_k=self.space.top_k)
+        report = self._begun_report(search)
         history, path = self._history(trainer, module, search)
+        journal = Journal.open(path, history.fingerprint)
+        top_k = self.space.top_k
+        evaluator = ModelEvaluator(search.scorers, search.live, top_k=top_k, journal=journal)
+        evolution = Evolution(search.problem, self.rates, self.effort)
         hidden = in_validation or not trainer.is_global_zero  # the trainer has a bar of its own
         with ProgressBar(disable=hidden, transient=True) as bar:
             view = LiveView(trainer, bar, evolution.effort.total)
@@ -251,11 +263,34 @@ class EvolutionarySearch(Callback):
             if in_validation:
                 self._in_loops(trainer, search, view, run)
             outcome = run.run()
-        self._finish_report(report, search, outcome, history)
-        report.history = str(path)
+        if trainer.is_global_zero:
+            remove_journals(path)
+        finish_report(report, search, outcome, top_k=top_k)
+        report.on_record, report.history = history.num_on_record, str(path)
         report.seconds = run.seconds
         measure_baselines(trainer, module, search, self.baselines, report)
         return outcome, report
+
+    def _begun_report(self, search: Search) -> SearchReport:
+        """Return what can be told before the search; measures the whole model."""
+        report = SearchReport(
+            self.fitness.name,
+            self.finer.name,
+            groups={group.name: list(group.layers) for group in search.problem.groups},
+            router_space=self.space.router_space,
+            top_k=self.space.top_k,
+            samples={name: scorer.num_samples for name, scorer in search.scorers.items()},
+        )
+        report.stages["before"] = search.points(None)
+        return report
+
+    def _history(self, trainer: Trainer, module: MoEModule, search: Search) -> tuple[History, Path]:
+        """Return what is on record, and its file. Collective."""
+        path = Path(self.history or Path(trainer.default_root_dir) / HISTORY_NAME)
+        names = ("space", "effort", "rates", "racing", "samples", "warm_start")
+        options = {name: str(getattr(self, name)) for name in names}
+        measures = {"fitness": self.fitness.name, "finer": self.finer.name}
+        return open_history(trainer, module, search, path, {**options, **measures}), path
 
     def _in_loops(self, trainer: Trainer, search: Search, view: LiveView, run: SearchRun) -> None:
         """Evaluate all generations, each in a validation loop. Collective."""
@@ -264,62 +299,6 @@ class EvolutionarySearch(Callback):
             self._loops.run(run)
         finally:
             self._loops = None
-
-    def _history(self, trainer: Trainer, module: MoEModule, search: Search) -> tuple[History, Path]:
-        """Return what is on record, the same on all ranks; only the first writes. Collective."""
-        path = Path(self.history or Path(trainer.default_root_dir) / HISTORY_NAME)
-        options = {
-            name: str(getattr(self, name))
-            for name in ("space", "effort", "rates", "racing", "samples", "warm_start")
-        }
-        measures = {"fitness": self.fitness.name, "finer": self.finer.name}
-        starts = {"start": [genome.key for genome in search.problem.start]}
-        samples = {name: data.identities() for name, data in search.splits.items()}
-        key = fingerprint(module.built_model, {**options, **measures, **starts}, samples)
-        opened: Any = None
-        if trainer.is_global_zero:
-            try:
-                opened = History.open(path, key)
-            except LitMoEError as error:
-                opened = error
-        lines = opened.lines if isinstance(opened, History) else opened
-        plain = [line.to_dict() for line in lines] if isinstance(lines, list) else lines
-        agreed = trainer.strategy.broadcast(plain)
-        if isinstance(agreed, LitMoEError):
-            raise agreed
-        if isinstance(opened, History):
-            return opened, path
-        return History(key, [Line.from_dict(line) for line in agreed]), path
-
-    def _begun_report(self, search: Search) -> SearchReport:
-        problem = search.problem
-        return SearchReport(
-            self.fitness.name,
-            self.finer.name,
-            groups={group.name: list(group.layers) for group in problem.groups},
-            router_space=self.space.router_space,
-            top_k=self.space.top_k,
-            samples={name: scorer.num_samples for name, scorer in search.scorers.items()},
-        )
-
-    def _finish_report(
-        self, report: SearchReport, search: Search, outcome: Outcome, history: History
-    ) -> None:
-        stages = {"merged": outcome.best} if self._merges(search.problem) else {}
-        if outcome.pruned is not None and not search.problem.drops_nothing:
-            stages = {"pruned": outcome.pruned, **stages}
-        with search.live.active(self.space.top_k):
-            if self.space.top_k is not None:
-                genome = _everyone(search.problem)
-                report.stages["untouched"] = search.points(genome)
-            for name, individual in stages.items():
-                report.stages[name] = search.points(individual.genome)
-        counts = zip(search.problem.groups, outcome.best.genome.counts, strict=True)
-        report.counts = {group.name: [group.num_experts, n] for group, n in counts}
-        report.evaluations = outcome.evaluations
-        report.on_record = history.num_on_record
-        report.regret = outcome.mean_regret
-        report.notes = list(outcome.notes)
 
     def _projected(
         self, trainer: Trainer, model: PreTrainedModel, plan: Plan, report: SearchReport
@@ -359,7 +338,3 @@ class EvolutionarySearch(Callback):
         report.stages["applied"] = {
             name: search.fresh_scorer(name, live).points() for name in search.splits
         }
-
-
-def _everyone(problem: Problem) -> Genome:
-    return Genome(tuple(one_hot(range(g.num_experts), g.num_experts) for g in problem.groups))

@@ -17,8 +17,8 @@ from lit_moe.callbacks.evolution_view import LiveView
 from lit_moe.callbacks.refit import Refit
 from lit_moe.callbacks.weight_sparsity import WeightPruning
 from lit_moe.errors import LitMoEError
-from lit_moe.search.evolution import Generation
 from lit_moe.search.live import LiveModel
+from lit_moe.search.problem import Generation
 from lit_moe.search.run import Progress, SearchRun
 
 Loop = Literal["auto", "validation", "fit_start"]

@@ -19,12 +19,13 @@ from lit_moe.masking import masked
 from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
 from lit_moe.plans import load_plan
-from lit_moe.search.evolution import Problem
 from lit_moe.search.genome import Genome
 from lit_moe.search.live import LiveModel
+from lit_moe.search.problem import Problem
 from lit_moe.search.report import SearchReport, SplitPoints
-from lit_moe.search.scoring import Measures, SplitData, SplitScorer
+from lit_moe.search.scoring import Measures, SplitScorer
 from lit_moe.search.skipping import check_skippable, skipping, skipping_thresholds
+from lit_moe.search.splits import SplitData
 from lit_moe.selection import Budget, layer_counts, select
 
 DYNAMIC_SKIPPING = "dynamic_skipping"
@@ -42,6 +43,7 @@ class Search:
         scorers: split -> what does it, with hidden states kept.
         plans: warm start -> what that file or criterion keeps.
         tokenizer: of the model.
+        merges: whether there is a continuous phase.
     """
 
     problem: Problem
@@ -51,6 +53,7 @@ class Search:
     scorers: Mapping[str, SplitScorer]
     plans: Mapping[str, KeepPlan]
     tokenizer: PreTrainedTokenizerBase | None
+    merges: bool
 
     def points(self, genome: Genome | None) -> dict[str, SplitPoints]:
         """Return split -> points of a candidate; None for the model as it is."""

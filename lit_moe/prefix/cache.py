@@ -84,9 +84,20 @@ class PrefixCache:
         return self._store.num_bytes
 
     def logits(
-        self, index: int, changes: Changes | None = None, *, remember: Collection[str] = ()
+        self,
+        index: int,
+        changes: Changes | None = None,
+        *,
+        remember: Collection[str] = (),
+        last: int | None = None,
     ) -> Tensor:
         """Return the logits of one batch, as the model now is, shape ``(B, S, V)``.
+
+        Args:
+            index: of the batch.
+            changes: see the class.
+            remember: see the class.
+            last: of so many places at the end alone, ``(B, last, V)``; None for all.
 
         Raises:
             LitMoEError: if a name of ``changes`` or ``remember`` is in no layer.
@@ -95,7 +106,8 @@ class PrefixCache:
         wanted = {self._place_of(name) for name in remember}
         wanted.add(next((place for place, tag in enumerate(tags) if tag), len(tags)))
         with evaluating(self._model):
-            return self._forward(index, tags, wanted).logits
+            logits: Tensor = self._forward(index, tags, wanted, ends_of(self._model, last)).logits
+        return logits if last is None else logits[:, -last:]
 
     def losses(
         self,
@@ -129,19 +141,21 @@ class PrefixCache:
         """Forget all hidden states: for a model that is no longer what it was."""
         self._store.clear()
 
-    def _forward(self, index: int, tags: Prefix, wanted: Collection[int]) -> Any:
+    def _forward(
+        self, index: int, tags: Prefix, wanted: Collection[int], ends: Mapping[str, int]
+    ) -> Any:
         """Run one batch from the furthest place that is known."""
         known = ((p, self._store.get(index, tags[:p])) for p in sorted(self._places, reverse=True))
         place, snapshot = next(((p, s) for p, s in known if s is not None), (0, None))
         wanted = {p for p in wanted if p in self._places and (p > place or snapshot is None)}
-        output, taken = self._run(self._inputs(index), place, snapshot, wanted)
+        output, taken = self._run(self._inputs(index) | dict(ends), place, snapshot, wanted)
         for at, new in taken.items():
             self._store.put(index, tags[:at], new)
         self.layers_run += len(self._chain) - place
         return output
 
     def _run(
-        self, inputs: dict[str, Tensor], place: int, snapshot: Snapshot | None, wanted: set[int]
+        self, inputs: dict[str, Any], place: int, snapshot: Snapshot | None, wanted: set[int]
     ) -> tuple[Any, dict[int, Snapshot]]:
         """Run the model from a place on; return its output and snapshots of the wanted places."""
         recorder = _Recorder(self._chain, snapshot, wanted)
@@ -254,6 +268,12 @@ def _stand_ins(chain: Sequence[Link], place: int, snapshot: Snapshot) -> dict[st
     """
     layers = {link.name: snapshot.stacks[link.stack] for link in chain[:place]}
     return {**layers, **snapshot.heads}
+
+
+def ends_of(model: PreTrainedModel, last: int | None) -> dict[str, int]:
+    """Return what tells a model to make logits of the last places alone, if it can."""
+    can = last is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": last} if can and last is not None else {}
 
 
 def _predicted(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -142,7 +142,11 @@ def _search(report: RunReport) -> str:
         return ""
     changes = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in search.counts.items())
     lines = [
-        f"- {search.evaluations:,} candidates, fitness {search.fitness}, then {search.finer}",
+        f"- {search.evaluations:,} candidates, fitness {search.fitness}, then {search.finer}"
+        + (
+            f"; {search.bounded:,} stopped when they could not count any more"
+            * bool(search.bounded)
+        ),
         f"- experts per layer: {changes}; router maps act on {search.router_space}",
         f"- every evaluation: `{search.history}`",
     ]

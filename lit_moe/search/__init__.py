@@ -1,9 +1,6 @@
 """Evolutionary search for which experts stay and how they are merged (EEP, arXiv 2407.00945)."""
 
-from lit_moe.search.evolution import Child as Child
 from lit_moe.search.evolution import Evolution as Evolution
-from lit_moe.search.evolution import Generation as Generation
-from lit_moe.search.evolution import Problem as Problem
 from lit_moe.search.fitness import Agreement as Agreement
 from lit_moe.search.fitness import AnswerTokens as AnswerTokens
 from lit_moe.search.fitness import ChoiceAccuracy as ChoiceAccuracy
@@ -24,10 +21,13 @@ from lit_moe.search.options import Racing as Racing
 from lit_moe.search.options import Rates as Rates
 from lit_moe.search.options import SearchSpace as SearchSpace
 from lit_moe.search.population import Score as Score
+from lit_moe.search.problem import Child as Child
+from lit_moe.search.problem import Generation as Generation
+from lit_moe.search.problem import Problem as Problem
 from lit_moe.search.run import Outcome as Outcome
 from lit_moe.search.run import SearchRun as SearchRun
 from lit_moe.search.scoring import Measures as Measures
-from lit_moe.search.scoring import ModelEvaluator as ModelEvaluator
-from lit_moe.search.scoring import SplitData as SplitData
 from lit_moe.search.scoring import SplitScorer as SplitScorer
-from lit_moe.search.scoring import check_splits as check_splits
+from lit_moe.search.sharing import ModelEvaluator as ModelEvaluator
+from lit_moe.search.splits import SplitData as SplitData
+from lit_moe.search.splits import check_splits as check_splits

@@ -11,15 +11,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
-from lit_moe.errors import LitMoEError, NoEffectWarning
+from lit_moe.errors import NoEffectWarning
 from lit_moe.search.genome import Genome, one_hot
 from lit_moe.search.groups import LayerGroup
 from lit_moe.search.options import Effort, Rates
 from lit_moe.search.population import Individual, Population, Score
+from lit_moe.search.problem import Child, Generation, How, Phase, Problem
+from lit_moe.search.request import Floor
 from lit_moe.search.variation import (
     crossed,
     given,
@@ -29,88 +30,10 @@ from lit_moe.search.variation import (
     shaken,
 )
 
-Phase = Literal["discrete", "continuous"]
-How = Literal["start", "random", "moved", "given", "crossed", "shaken"]
-
 _DRAWS = 200
 """Draws for one new genome, before everything near the parents counts as known."""
 _TELLING = 8
 """Individuals after which a fitness that is the same for all is called constant."""
-
-
-@dataclass(frozen=True)
-class Child:
-    """A candidate to be evaluated.
-
-    Attributes:
-        genome: one that was never proposed before.
-        how: the last step that made it.
-        parents: keys of the genomes that it comes from; none for those of the start.
-    """
-
-    genome: Genome
-    how: How
-    parents: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Candidates made from one population.
-
-    Attributes:
-        number: 0 for the start.
-        phase: of the search.
-        children: at least one.
-    """
-
-    number: int
-    phase: Phase
-    children: tuple[Child, ...]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is searched for, as numbers.
-
-    Attributes:
-        groups: of layers.
-        counts: experts that each group keeps; at the start, if they may differ later.
-        floors: least experts of each group, where counts are genes.
-        non_uniform: whether groups may exchange experts of their budgets.
-        free_router: whether router maps become continuous too.
-        start: genomes to begin with, in front of random ones.
-    """
-
-    groups: tuple[LayerGroup, ...]
-    counts: tuple[int, ...]
-    floors: tuple[int, ...] = ()
-    non_uniform: bool = False
-    free_router: bool = True
-    start: tuple[Genome, ...] = ()
-
-    def __post_init__(self) -> None:
-        for group, count in zip(self.groups, self.counts, strict=True):
-            if not 1 <= count <= group.num_experts or count % group.routing_groups:
-                raise LitMoEError(
-                    f"group {group.name!r} has {group.num_experts} experts and cannot keep {count}"
-                )
-        total = self.total(self.counts)
-        for genome in self.start:
-            same = self.total(genome.counts) == total if self.non_uniform else False
-            if genome.counts != self.counts and not same:
-                raise LitMoEError(
-                    f"a warm start keeps {genome.counts} experts per group, the search "
-                    f"{self.counts}; give a plan of the same size"
-                )
-
-    def total(self, counts: Sequence[int]) -> int:
-        """Return the experts of all layers together."""
-        return sum(len(g.layers) * n for g, n in zip(self.groups, counts, strict=True))
-
-    @property
-    def drops_nothing(self) -> bool:
-        """Whether all experts stay, so that there is nothing to choose."""
-        return all(n == g.num_experts for g, n in zip(self.groups, self.counts, strict=True))
 
 
 @dataclass
@@ -156,6 +79,17 @@ class Evolution:
         state = self._draw.bit_generator.state
         return {name: str(value) for name, value in state["state"].items()}
 
+    @property
+    def floor(self) -> Floor | None:
+        """What a candidate must come to if it is ever to be drawn or listed; None: anything may be.
+
+        Candidates below it change nothing, so they need not be evaluated to the end.
+        """
+        if not self.effort.bound or not self._is_checked:
+            return None
+        points = self.population.floor(self.rates, listed=self.effort.rerank)
+        return Floor(points, by_finer=self.population.by_finer)
+
     def ask(self) -> Generation | None:
         """Return the next generation; None when the search is over."""
         left = self.effort.total - self._evaluated
@@ -173,10 +107,11 @@ class Evolution:
 
         Args:
             generation: the one that was asked for last.
-            scores: None for children that racing stopped; they become no parents.
+            scores: None for children that racing stopped; they become no parents, like those of
+                which only a bound is known.
         """
         for child, score in zip(generation.children, scores, strict=True):
-            if score is not None:
+            if score is not None and not score.is_bound:
                 self.population.add(Individual(child.genome, score, self._evaluated))
             self._evaluated += 1
         self._check_fitness()

@@ -6,6 +6,7 @@ points. B rows, S tokens, V vocabulary, N samples of a batch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -36,6 +37,11 @@ class Fitness:
     def name(self) -> str:
         """What it is called in reports and in the history."""
         return type(self).__name__
+
+    @property
+    def most(self) -> float:
+        """Points that no sample can be above; infinity if that is not known."""
+        return math.inf
 
 
 class RowFitness(Fitness, ABC):
@@ -71,6 +77,11 @@ class RowFitness(Fitness, ABC):
 class NegativeLoss(RowFitness):
     """Minus a hundred times the nats per predicted token, of the right rows."""
 
+    @property
+    def most(self) -> float:
+        """See :class:`Fitness`."""
+        return 0.0
+
     def points(self, logits_BSV: Tensor, batch: RowBatch, whole: Compressed | None) -> Tensor:
         """See :meth:`RowFitness.points`."""
         del whole
@@ -85,6 +96,11 @@ class AnswerTokens(RowFitness):
     spell do not count. It needs one forward where :class:`WrittenAnswers` needs one per token.
     """
 
+    @property
+    def most(self) -> float:
+        """See :class:`Fitness`."""
+        return 100.0
+
     def points(self, logits_BSV: Tensor, batch: RowBatch, whole: Compressed | None) -> Tensor:
         """See :meth:`RowFitness.points`."""
         del whole
@@ -98,6 +114,11 @@ class ChoiceAccuracy(RowFitness):
     """100 where the right choice is the likeliest per byte, as multiple choice is evaluated."""
 
     rows = "choices"
+
+    @property
+    def most(self) -> float:
+        """See :class:`Fitness`."""
+        return 100.0
 
     def points(self, logits_BSV: Tensor, batch: RowBatch, whole: Compressed | None) -> Tensor:
         """See :meth:`RowFitness.points`."""
@@ -160,6 +181,11 @@ class Agreement(RowFitness):
         kept = log_PV.topk(min(self.tokens, log_PV.shape[1]), dim=-1)
         return Compressed(kept.indices, kept.values.exp(), row)
 
+    @property
+    def most(self) -> float:
+        """See :class:`Fitness`."""
+        return 100.0 if self.measure == "acceptance" else 0.0
+
     def points(self, logits_BSV: Tensor, batch: RowBatch, whole: Compressed | None) -> Tensor:
         """See :meth:`RowFitness.points`."""
         assert whole is not None
@@ -196,6 +222,11 @@ class WrittenAnswers(Fitness):
     def name(self) -> str:
         """See :class:`Fitness`."""
         return f"{type(self).__name__}({self.measure})"
+
+    @property
+    def most(self) -> float:
+        """See :class:`Fitness`."""
+        return 100.0
 
     def written(
         self,

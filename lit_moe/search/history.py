@@ -15,6 +15,7 @@ from lit_moe.search.population import Score
 
 FORMAT = "lit-moe/search/1"
 _ASKED = ("split", "samples", "genome", "draws")
+_FOUND = ("fitness", "finer", "is_bound")
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,17 @@ class Line:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; a fitness that is no number is null."""
+        """Return plain values."""
         asked = {name: getattr(self, name) for name in _ASKED}
-        found = {"fitness": _plain(self.score.fitness), "finer": _plain(self.score.finer)}
-        return {**self.details, **asked, **found}
+        return {**self.details, **asked, **plain_score(self.score)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Line:
         """Inverse of :meth:`to_dict`."""
-        score = Score(_number(data["fitness"]), _number(data["finer"]))
-        known = {*_ASKED, "fitness", "finer"}
+        known = {*_ASKED, *_FOUND}
         details = {name: value for name, value in data.items() if name not in known}
         split, samples, genome, draws = (data[name] for name in _ASKED)
-        return cls(split, samples, genome, draws, score, details)
+        return cls(split, samples, genome, draws, score_from(data), details)
 
 
 class History:
@@ -84,9 +83,9 @@ class History:
         """
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _append(path, {"format": FORMAT, "fingerprint": fingerprint})
+            append_line(path, {"format": FORMAT, "fingerprint": fingerprint})
             return cls(fingerprint, (), path)
-        whole = _whole_lines(path)
+        whole = whole_lines(path)
         if not whole:
             path.unlink()
             return cls.open(path, fingerprint)
@@ -134,18 +133,23 @@ class History:
         self.lines.append(line)
         self._next += 1
         if self._path is not None:
-            _append(self._path, line.to_dict())
+            append_line(self._path, line.to_dict())
 
 
-def _append(path: Path, record: Mapping[str, Any]) -> None:
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a record to a file of lines; on the disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Return the lines that were written to their end, and cut off what comes after them."""
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines that were written to their end, and cut off what comes after them.
+
+    Raises:
+        LitMoEError: if it is no text.
+    """
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
     if end < len(data):
@@ -156,6 +160,18 @@ def _whole_lines(path: Path) -> list[str]:
         return data[:end].decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise LitMoEError(f"{path} is no history of a search ({error})") from error
+
+
+def plain_score(score: Score) -> dict[str, Any]:
+    """Return a score as plain values; a measure that is no number is null."""
+    found: dict[str, Any] = {"fitness": _plain(score.fitness), "finer": _plain(score.finer)}
+    return {**found, "is_bound": True} if score.is_bound else found
+
+
+def score_from(data: Mapping[str, Any]) -> Score:
+    """Inverse of :func:`plain_score`."""
+    bound = bool(data.get("is_bound", False))
+    return Score(_number(data["fitness"]), _number(data["finer"]), bound)
 
 
 def _plain(value: float) -> float | None:

@@ -126,6 +126,10 @@ class Effort:
             history depends on this number, not on the ranks (released: 1, steady state).
         rerank: so many of the best are evaluated on the dev split, where the choice falls
             (released: 20). 0 takes the best of the search split.
+        bound: stop evaluating a candidate as soon as it can neither become a parent nor be listed,
+            whatever it does on the samples left (ours). The search comes to the same candidates
+            and the same result, and questions that the whole model finds hardest are asked first.
+            Without effect under racing.
         seed: of everything that is drawn (released: 11450).
     """
 
@@ -134,6 +138,7 @@ class Effort:
     total: int = 400
     children: int = 1
     rerank: int = 20
+    bound: bool = True
     seed: int = 11450
 
     def __post_init__(self) -> None:

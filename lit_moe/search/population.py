@@ -19,10 +19,12 @@ class Score:
     Attributes:
         fitness: what is searched for.
         finer: a finer measure, usually the negative loss, for candidates that are equally fit.
+        is_bound: the evaluation was stopped, and neither measure can be above these values.
     """
 
     fitness: float
     finer: float = 0.0
+    is_bound: bool = False
 
     def __post_init__(self) -> None:
         for name in ("fitness", "finer"):
@@ -85,6 +87,27 @@ class Population:
     def median(self) -> float:
         """Return the median of what is sorted by."""
         return float(np.median([self.value(one) for one in self.ranked]))
+
+    def floor(self, rates: Rates, *, listed: int) -> float:
+        """Return points below which a newcomer is never drawn as a parent, and never listed.
+
+        The best only rises and nobody leaves, so that this holds for good: enough others are better
+        already, and the margins of :class:`Rates` only move away.
+
+        Args:
+            rates: the margins.
+            listed: of the best, so many are listed in the end.
+
+        Returns:
+            Points; minus infinity while anybody may still count.
+        """
+        beyond = self._within(rates.mutation_margin) + rates.mutation_extra
+        places = (max(listed, 1), rates.crossover_least, beyond)
+        if not self.ranked or max(places) > len(self.ranked):
+            return -math.inf
+        margin = max(rates.mutation_margin, rates.crossover_margin)
+        nth = min(self.value(self.ranked[place - 1]) for place in places if place)
+        return min(self.value(self.best) - margin, nth)
 
     def one_parent(self, draw: np.random.Generator, rates: Rates) -> Genome:
         """Return a parent for mutation alone."""

@@ -33,6 +33,7 @@ class SearchReport:
         top_k: experts per token afterwards, None if that was not changed.
         samples: split -> samples.
         evaluations: candidates evaluated.
+        bounded: of them, those that were stopped because they could not count any more.
         on_record: evaluations that an earlier run had done.
         seconds: of evaluating, in this run.
         stages: ``before`` (the whole model), ``untouched`` (all experts, fewer active), ``pruned``
@@ -55,6 +56,7 @@ class SearchReport:
     top_k: int | None = None
     samples: dict[str, int] = field(default_factory=dict)
     evaluations: int = 0
+    bounded: int = 0
     on_record: int = 0
     seconds: float = 0.0
     stages: dict[str, dict[str, SplitPoints]] = field(default_factory=dict)

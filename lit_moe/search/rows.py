@@ -6,7 +6,7 @@ B rows in a batch, S tokens, V vocabulary, N samples in a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,21 @@ class RowBatch:
     def inputs(self) -> dict[str, Tensor]:
         """What the model is given."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def last(self) -> int:
+        """How many places at the end, the same for all rows, all predictions are made at."""
+        used = (self.labels[:, 1:] != IGNORED).any(dim=0).nonzero()
+        width = self.input_ids.shape[1]
+        return width - int(used[0]) if len(used) else width
+
+    @property
+    def end(self) -> RowBatch:
+        """The same samples from the first place on that something is predicted at."""
+        num = self.last
+        parts = (self.input_ids, self.attention_mask, self.labels)
+        ids, mask, labels = (part[:, -num:] for part in parts)
+        return replace(self, input_ids=ids, attention_mask=mask, labels=labels)
 
     def nats(self, logits_BSV: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nats of each row and its predicted tokens, shape ``(B,)``, float64."""

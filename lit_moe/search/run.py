@@ -7,40 +7,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lit_moe.search.evolution import Child, Evolution, Generation, Phase
+from lit_moe.search.evolution import Evolution
 from lit_moe.search.genome import Genome
 from lit_moe.search.history import History, Line
 from lit_moe.search.options import Racing
 from lit_moe.search.population import Individual, Score
-
-
-@dataclass(frozen=True)
-class Request:
-    """One evaluation that is wanted.
-
-    Attributes:
-        genome: the candidate.
-        split: ``search``, ``dev`` or ``test``.
-        samples: so many samples of the split, the first ones.
-    """
-
-    genome: Genome
-    split: str
-    samples: int
+from lit_moe.search.problem import Child, Generation, Phase
+from lit_moe.search.request import Request
 
 
 class Evaluator(Protocol):
     """What scores candidates, on one process or on several."""
 
     width: int
-    """Candidates that are evaluated at once."""
+    """Candidates that are evaluated at once; with 1 each is put on record before the next."""
 
     def num_samples(self, split: str) -> int:
         """Return the size of a split."""
         ...
 
     def __call__(self, requests: Sequence[Request]) -> list[Score]:
-        """Return the scores of at most ``width`` requests. Collective, with several processes."""
+        """Return the scores of requests, in their order. Collective, with several processes."""
         ...
 
 
@@ -75,7 +62,8 @@ class Outcome:
         pruned: best that only drops experts, as chosen on the dev split; None if none was tried.
         best: best of all.
         regrets: points that racing missed, one per audited generation.
-        evaluations: candidates evaluated, racing's stopped ones included.
+        evaluations: candidates evaluated, stopped ones included.
+        bounded: of them, those that a bound stopped.
         notes: sentences that a reader of the result must know.
     """
 
@@ -83,6 +71,7 @@ class Outcome:
     best: Individual
     regrets: list[float] = field(default_factory=list)
     evaluations: int = 0
+    bounded: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -158,7 +147,8 @@ class SearchRun:
         best = self._choose()
         assert best is not None
         notes = list(evolution.notes)
-        found = Outcome(pruned, best, self._regrets, evolution.evaluated, notes)
+        bounded = sum(line.score.is_bound for line in self.history.lines)
+        found = Outcome(pruned, best, self._regrets, evolution.evaluated, bounded, notes)
         if found.mean_regret is not None:
             notes.append(
                 f"racing missed {found.mean_regret:.2f} points per audited generation (at most "
@@ -189,7 +179,8 @@ class SearchRun:
         size = self._evaluate.num_samples("search")
         heats = [size] if self._racing is None else self._racing.heats(size)
         if self._racing is None or generation.number == 0 or len(children) < 2 or len(heats) < 2:
-            requests = [Request(child.genome, "search", size) for child in children]
+            floor = None if self._racing else self.evolution.floor
+            requests = [Request(child.genome, "search", size, floor) for child in children]
             return [*self._all(requests, generation)]
         return self._race(generation, heats, self._racing)
 
@@ -232,8 +223,9 @@ class SearchRun:
                 break
             scores.append(line.score)
         left = list(requests[len(scores) :])
-        for begin in range(0, len(left), self._evaluate.width):
-            chunk = left[begin : begin + self._evaluate.width]
+        step = 1 if self._evaluate.width == 1 else max(1, len(left))
+        for begin in range(0, len(left), step):
+            chunk = left[begin : begin + step]
             start = time.perf_counter()
             found = self._evaluate(chunk)
             seconds = time.perf_counter() - start

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lit_moe.errors import LitMoEError
-from lit_moe.search.scoring import SplitData, check_splits
+from lit_moe.search.splits import SplitData, check_splits
 
 SOURCES = {"search": "calibration", "dev": "validation", "test": "test"}
 

@@ -14,10 +14,10 @@ from lit_moe.adapters import MoEAdapter, MoESite, adapter_for, find_sites
 from lit_moe.adapters.legality import check_top_k
 from lit_moe.errors import LitMoEError
 from lit_moe.plan import KeepPlan
-from lit_moe.search.evolution import Problem
 from lit_moe.search.genome import genome_of_plan
 from lit_moe.search.groups import LayerGroup, group_layers
 from lit_moe.search.options import SearchSpace
+from lit_moe.search.problem import Problem
 from lit_moe.search.variation import exchanges
 
 _SAMPLED = 64

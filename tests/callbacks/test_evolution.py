@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from tests.data.conftest import write as write
 from tests.data.questions import data_of, numbered
 
 LAYERS = ["model.layers.0.mlp", "model.layers.1.mlp"]
-EFFORT = {"initial": 4, "discrete": 10, "total": 20, "children": 2, "rerank": 2}
+EFFORT: dict[str, Any] = {"initial": 4, "discrete": 10, "total": 20, "children": 2, "rerank": 2}
 
 
 @pytest.fixture(scope="session")
@@ -227,11 +228,11 @@ def test_a_search_that_was_broken_off_ends_like_one_that_was_not(
     scorer = lit_moe.search.scoring.SplitScorer
     original, calls = scorer.score, []
 
-    def breaking(self, genome, samples=None):
+    def breaking(self, genome, samples=None, **options):
         calls.append(1)
         if len(calls) == 13:
             raise KeyboardInterrupt
-        return original(self, genome, samples)
+        return original(self, genome, samples, **options)
 
     broken = {"default_root_dir": str(tmp_path / "broken")}
     with monkeypatch.context() as patch:

@@ -144,11 +144,11 @@ def test_a_killed_search_goes_on_where_it_was(run, monkeypatch):
     scorer = lit_moe.search.scoring.SplitScorer
     original, calls = scorer.score, []
 
-    def breaking(self, genome, samples=None):
+    def breaking(self, genome, samples=None, **options):
         calls.append(1)
         if len(calls) == 13:
             raise KeyboardInterrupt
-        return original(self, genome, samples)
+        return original(self, genome, samples, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(scorer, "score", breaking)

@@ -30,8 +30,8 @@ from lit_moe.search import (
     group_layers,
     one_hot,
 )
+from lit_moe.search.request import Request
 from lit_moe.search.rows import text_batches
-from lit_moe.search.run import Request
 from lit_moe.testing import run_distributed, tiny_moe
 from tests.evaluate.chats import LLAMA, VOCABULARY, beginning
 

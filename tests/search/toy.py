@@ -11,7 +11,7 @@ from lit_moe.search import Evolution, History, Problem, SearchRun
 from lit_moe.search.groups import LayerGroup
 from lit_moe.search.options import Effort, Racing, Rates
 from lit_moe.search.population import Score
-from lit_moe.search.run import Request
+from lit_moe.search.request import Floor, Request
 
 NUM_EXPERTS, SAMPLES = 8, 64
 WANTED = (1, 4, 6)
@@ -53,8 +53,16 @@ class ToyEvaluator:
             if len(self.asked) == self.fail_at:
                 raise KeyboardInterrupt
             self.asked.append((request.split, request.genome.key, request.samples))
-            scores.append(self.score(request))
+            scores.append(self.bounded(self.score(request), request.floor))
         return scores
+
+    def bounded(self, score: Score, floor: Floor | None) -> Score:
+        """Return a bound between the score and the floor, if the score is below it."""
+        value = score.finer if floor is not None and floor.by_finer else score.fitness
+        if floor is None or value >= floor.points:
+            return score
+        more = (floor.points - value) / 2
+        return Score(score.fitness + more, score.finer + more, is_bound=True)
 
     def score(self, request: Request) -> Score:
         near = 0.0
