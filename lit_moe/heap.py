@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +43,19 @@ def free_buffers_of_thread() -> None:
     free = _function(str(library), "mkl_serv_thread_free_buffers")
     if free is not None:
         free()
+
+
+def join(thread: threading.Thread) -> None:
+    """Wait until a thread has ended for the system too, where that can be seen (Linux).
+
+    :meth:`threading.Thread.join` returns when the thread's Python code is through. What libraries
+    do at its end comes after that, with locks held: MKL's would stay locked forever in a process
+    that is forked at that moment, and its first product of matrices would never return.
+    """
+    thread.join()
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    while thread.native_id is not None and task.exists():
+        time.sleep(0.0005)
 
 
 @functools.cache

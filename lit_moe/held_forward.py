@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lit_moe.heap import free_buffers_of_thread, share_heap
+from lit_moe.heap import free_buffers_of_thread, join, share_heap
 
 
 class _Abandoned(BaseException):
@@ -51,9 +51,11 @@ class HeldForward:
         self._answer = answer
         self._go.release()
         self._back.acquire()
+        event, self._event = self._event, None  # payloads are large, and not ours any more
+        if event is None:
+            join(self._thread)
         if self._error is not None:
             raise self._error
-        event, self._event = self._event, None  # payloads are large, and not ours any more
         return event
 
     def hold(self, point: str, payload: object) -> Any:
@@ -73,7 +75,7 @@ class HeldForward:
         """End the forward where it is; it must not be advanced any more."""
         self._abandoned = True
         self._go.release()
-        self._thread.join()
+        join(self._thread)
 
     def _wait(self) -> None:
         self._back.release()
