@@ -134,7 +134,8 @@ def test_families_are_verified_in_pieces_as_well_as_whole(family, corrupted, tmp
     for name, in_pieces in (("whole", False), ("pieces", True)):
         corrupted(lambda _: None, in_pieces=in_pieces)
         result = exporter.export(model, tmp_path / name)
-        assert result.max_abs_logit_difference == 0.0
+        assert result.max_abs_logit_difference is not None
+        assert result.max_abs_logit_difference < 1e-5  # 0 where products do not depend on addresses
     assert not [name for name, tensor in model.state_dict().items() if tensor.is_meta]
 
 

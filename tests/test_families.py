@@ -33,11 +33,22 @@ AUX_LOSS = [
 # Routers whose output is no (logits, weights, index), or whose rule is not one of the two.
 PROBE_BLIND = {"dbrx", "deepseek_v4", "diffusion_gemma", "gemma4", "inkling", "jetmoe", "llama4"}
 PROBE_BLIND |= {"phimoe", "switch_transformers"}
+ROUNDING = 1e-5
+"""Of logits of this size: some processors' matrix products depend on shapes and alignment."""
 
 
 @torch.no_grad()
 def logits_of(model, inputs):
     return model(**inputs).logits
+
+
+def assert_same(again, model, inputs):
+    """Equal tensors, bit for bit, and logits that are equal to rounding."""
+    theirs = model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in again.state_dict().items())
+    torch.testing.assert_close(
+        logits_of(again, inputs), logits_of(model, inputs), rtol=0, atol=ROUNDING
+    )
 
 
 @every_family
@@ -50,7 +61,7 @@ def test_hidden_experts_give_the_logits_of_the_model_without_them(family):
     assert torch.equal(logits_of(model, inputs), full)
     report = shrink(model, plan)
     without = logits_of(model, inputs)
-    torch.testing.assert_close(hidden, without, rtol=0, atol=1e-6)
+    torch.testing.assert_close(hidden, without, rtol=0, atol=ROUNDING)
     assert not torch.allclose(without, full, atol=1e-3), "the plan changed nothing to be tested"
     assert count_experts(find_sites(model)) == plan.counts
     assert report.params_after < report.params_before
@@ -65,7 +76,7 @@ def test_a_plain_reload_gives_the_same_logits_and_no_odd_keys(family, tmp_path):
     loaded: tuple = type(model).from_pretrained(tmp_path, output_loading_info=True)  # type: ignore[assignment]
     again, info = loaded
     assert not any(info.values()), info
-    assert torch.equal(logits_of(again.eval(), inputs), logits_of(model, inputs))
+    assert_same(again.eval(), model, inputs)
     assert count_experts(find_sites(again)) == count_experts(find_sites(model))
 
 
@@ -99,12 +110,11 @@ def test_unequal_layers_work_in_memory_and_can_be_made_equal_again(family, tmp_p
     with masked(model, plan):
         hidden = logits_of(model, inputs)
     shrink(model, plan)
-    torch.testing.assert_close(hidden, logits_of(model, inputs), rtol=0, atol=1e-6)
+    torch.testing.assert_close(hidden, logits_of(model, inputs), rtol=0, atol=ROUNDING)
     assert count_experts(find_sites(model)) == plan.counts
     shrink(model, random_plan(model, ratio=0.0))
     model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits_of(again, inputs), logits_of(model, inputs))
+    assert_same(type(model).from_pretrained(tmp_path).eval(), model, inputs)
 
 
 @every_family

@@ -84,7 +84,12 @@ def check_pairs(family, folder):
     assert torch.equal(logits_of(whole, inputs), full)
     model.save_pretrained(folder)
     again = type(model).from_pretrained(folder).eval()
-    assert torch.equal(logits_of(again, inputs), logits_of(model, inputs))
+    theirs = model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in again.state_dict().items())
+    # Equal tensors at other addresses: some processors' matrix products round differently there.
+    torch.testing.assert_close(
+        logits_of(again, inputs), logits_of(model, inputs), rtol=0, atol=1e-5
+    )
 
 
 def weights_and_router(model, adapter, site):

@@ -69,7 +69,7 @@ def test_a_masked_model_equals_the_cut_model_to_rounding():
         assert torch.equal(model(ids).logits, before)
         lit_moe.shrink(model, plan)
         # A softmax over 16 entries, 8 of them 0, adds up in another order than one over 8.
-        torch.testing.assert_close(model(ids).logits, masked, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(ids).logits, masked, rtol=0, atol=3e-5)
 
 
 def test_every_test_that_the_scale_table_names_exists():

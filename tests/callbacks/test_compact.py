@@ -17,6 +17,7 @@ from lit_moe.callbacks import (
 )
 from lit_moe.callbacks.rewrapping import check_can_rewrap
 from lit_moe.errors import LitMoEError
+from tests.callbacks.conftest import Double
 from tests.callbacks.lotteries import LAYERS, Watch, assert_same_weights, rounds_of, steps
 
 
@@ -39,9 +40,9 @@ def pruning(compact="each_round", **options):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_cut_in_each_round_trains_like_hidden_until_the_end(run, schedule):
-    hidden, masked, first = run(pruning("end"), schedule=schedule)
+    hidden, masked, first = run(pruning("end"), schedule=schedule, kind=Double)
     sizes = Sizes()
-    cut, compact, second = run(pruning(), sizes, schedule=schedule)
+    cut, compact, second = run(pruning(), sizes, schedule=schedule, kind=Double)
     assert compact.plan == masked.plan
     assert rounds_of(cut)["rounds"] == rounds_of(hidden)["rounds"]
     assert_same_weights(compact.built_model, masked.built_model, 1e-4)

@@ -18,6 +18,7 @@ from lit_moe.callbacks.rounds import FineTuning
 from lit_moe.distill.losses import next_token_loss
 from lit_moe.errors import LitMoEError
 from lit_moe.plan import KeepPlan
+from tests.callbacks.conftest import Double
 from tests.callbacks.lotteries import (
     LAYERS,
     NO_QUALITY,
@@ -29,9 +30,11 @@ from tests.callbacks.lotteries import (
 )
 
 
-def by_hand(checkpoint, data, keeps, batches, criterion):
+def by_hand(checkpoint, data, keeps, batches, criterion, dtype=torch.float32):
     """Cut, train with a new optimizer, cut again; return the model and the plan of all rounds."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")
     plan = None
     for turn, keep in enumerate(keeps):
         stats = lit_moe.observe(model, data.calibration_dataloader(), gather=["outputs", "pairs"])
@@ -86,8 +89,9 @@ def test_a_lottery_ends_in_the_weights_of_a_model_cut_and_trained_in_turns(
 ):
     watch = Watch()
     pruning = IterativePruning("ean", keep_ratio=0.5, rounds=4, fine_tuning=steps(2))
-    trainer, module, writer = run(pruning, watch)
-    model, plan = by_hand(checkpoint, make_data(), (7, 6, 5, 4), watch.batches, "ean")
+    trainer, module, writer = run(pruning, watch, kind=Double)
+    keeps, dtype = (7, 6, 5, 4), torch.float64
+    model, plan = by_hand(checkpoint, make_data(), keeps, watch.batches, "ean", dtype)
     assert trainer.global_step == 8
     assert module.plan == plan
     assert_same_weights(module.built_model, model, 2e-4)

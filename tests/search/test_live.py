@@ -50,7 +50,8 @@ def test_a_candidate_computes_what_the_merged_model_does_and_leaves_nothing_behi
             candidate = logits_of(model)
         merged = tiny_moe(family)
         merge(merged, live.plan(genome))
-        assert torch.equal(candidate, logits_of(merged))
+        # A mask and a cut router multiply other shapes, which some processors round differently.
+        torch.testing.assert_close(candidate, logits_of(merged), rtol=0, atol=1e-5)
         assert not torch.allclose(candidate, plain, atol=1e-3)
     assert torch.equal(logits_of(model), plain)
     after = dict([*model.named_parameters(), *model.named_buffers()])
