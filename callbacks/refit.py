@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,18 +19,24 @@ from lit_moe.callbacks.calibration import calibration_share
 from lit_moe.callbacks.report import report_writer
 from lit_moe.checkpoints import read_config
 from lit_moe.errors import LitMoEError
+from lit_moe.merge_plan import MergePlan
 from lit_moe.models import build_model, check_unwritten
 from lit_moe.module import MoEModule
+from lit_moe.plan import KeepPlan
 from lit_moe.refit import (
     LayerRefit,
     OnLayer,
     RefitOptions,
     check_budget,
+    check_expert_ids,
+    check_num_rows,
+    check_relatives,
     check_sizes,
     is_unchanged,
     refit,
 )
 from lit_moe.sharding.partitions import is_partitioned
+from lit_moe.teachers import origin_of
 
 PROGRESS_FOLDER = "refit_progress"
 
@@ -72,8 +79,9 @@ class Refit(Callback):
         """When the model is built, before any callback acts on it. Refuses what cannot end well.
 
         Raises:
-            LitMoEError: if the memory budget is too small for a single token's experts, or the
-                teacher's sizes are not the model's.
+            LitMoEError: if the memory budget is too small for a single token's experts, the
+                teacher's sizes or expert ids are not the model's, or there are too few calibration
+                rows.
         """
         if trainer.state.fn != TrainerFn.FITTING or module.is_resumed:
             return
@@ -81,6 +89,8 @@ class Refit(Callback):
             check_budget(module.built_model, self.options)
         if self.teacher is not None:
             check_sizes(read_config(resolve_model(self.teacher)), module.built_model.config)
+            self._check_origins(self.teacher, module)
+        self._check_rows(trainer)
 
     def on_model_built(self, trainer: Trainer, module: MoEModule) -> None:
         """When the model is built and plans before this one are applied. Refits it.
@@ -101,6 +111,7 @@ class Refit(Callback):
         writer.on_model_built(trainer, module)
         module.to(trainer.strategy.root_device)
         teacher = self._teacher(module)
+        check_relatives(teacher, module.built_model, find_sites(module.built_model))
         if self.teacher is not None and not {"pruned", "merged"} & set(writer.report.quality):
             writer.measure(trainer, module, "before")
         batches = calibration_share(trainer)
@@ -120,6 +131,21 @@ class Refit(Callback):
         writer.report.warnings.extend(report.sentences())
         writer.measure(trainer, module, "refitted")
         writer.write()
+
+    def _check_origins(self, teacher: str, module: MoEModule) -> None:
+        ours = None if module.architecture else _kept_in(module.model_name_or_path)
+        theirs = _kept_in(teacher)
+        if ours is not None and theirs is not None:
+            check_expert_ids(theirs, ours)
+
+    def _check_rows(self, trainer: Trainer) -> None:
+        """Refuse too few rows; all ranks count all rows, so that they agree."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "calibration_dataloader"):
+            return  # calibration_share says so
+        rows = data.calibration_dataloader(rank=0, world_size=1).dataset
+        if hasattr(rows, "__len__"):
+            check_num_rows(len(rows), self.options.held_out)
 
     def _teacher(self, module: MoEModule) -> PreTrainedModel:
         if self.teacher is not None:
@@ -141,6 +167,12 @@ class Refit(Callback):
             )
         nn.Module.to(unpruned, module.built_model.device)
         return unpruned
+
+
+def _kept_in(name_or_path: str) -> KeepPlan | None:
+    """Return which experts an exported folder kept; None if it is whole or has merged ones."""
+    plan = origin_of(name_or_path)
+    return plan.as_keep_plan() if isinstance(plan, MergePlan) else plan
 
 
 @contextmanager

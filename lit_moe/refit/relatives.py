@@ -12,6 +12,7 @@ from lit_moe.adapters import adapter_for, find_sites
 from lit_moe.adapters.site import MoESite
 from lit_moe.errors import LitMoEError, UnsupportedModelError
 from lit_moe.inference import evaluating, run_body
+from lit_moe.plan import KeepPlan
 from lit_moe.refit.collective import from_first_object
 from lit_moe.refit.job import Target
 from lit_moe.refit.options import RefitOptions
@@ -23,6 +24,7 @@ from lit_moe.stats.layers import layer_of
 _PROBED = 16
 
 
+@torch.no_grad()
 def check_relatives(
     teacher: PreTrainedModel, student: PreTrainedModel, sites: Sequence[MoESite]
 ) -> None:
@@ -68,6 +70,26 @@ def check_sizes(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
                 f"teacher and student are no relatives: {name} is {pair[0]} in the teacher "
                 f"({teacher.model_type}) and {pair[1]} in the student; give the model that the "
                 "student was made from"
+            )
+
+
+def check_expert_ids(teacher: KeepPlan, student: KeepPlan) -> None:
+    """Refuse a teacher without all of the student's experts, by the plans that made both.
+
+    Layers whose plans count experts of different models are not compared.
+
+    Raises:
+        LitMoEError: naming the first layer where an expert is missing.
+    """
+    for layer, ids in student.kept.items():
+        if teacher.num_experts.get(layer) != student.num_experts[layer]:
+            continue
+        missing = sorted(set(ids) - set(teacher.kept[layer]))
+        if missing:
+            raise LitMoEError(
+                f"teacher and student are no relatives: by their folders' plans the student has "
+                f"experts {list(ids)} of {layer} and the teacher {list(teacher.kept[layer])}, "
+                f"without {missing}; give the model that the student was made from"
             )
 
 

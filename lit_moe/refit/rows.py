@@ -58,14 +58,8 @@ class Rows:
         ]
         if not on_all_ranks(bool(self.batches)):
             raise CalibrationError("there is no calibration batch; give at least one per rank")
-        every = max(2, math.floor(1 / held_out))
         counts = [len(next(iter(batch.values()))) for batch in self.batches]
-        total = all_sum_of(sum(counts))
-        if total < every:
-            raise CalibrationError(
-                f"{total} calibration rows are too few to hold out one in {every}: "
-                "give more rows, or shorter ones"
-            )
+        every = check_num_rows(all_sum_of(sum(counts)), held_out)
         mine = torch.arange(sum(counts)) * world_size + rank
         is_held = mine % every == _places(1 + int(mine.max()) // every, every)[mine // every]
         self._held = list(is_held.to(device).split(counts))
@@ -115,6 +109,21 @@ class Rows:
         is_decoder = "decoder_input_ids" in batch and site.name.split(".")[0] != "encoder"
         mask = batch.get("decoder_attention_mask" if is_decoder else "attention_mask")
         return None if mask is None else mask.reshape(-1).bool()
+
+
+def check_num_rows(num_rows: int, held_out: float) -> int:
+    """Return of how many rows of all ranks one is held out.
+
+    Raises:
+        CalibrationError: if there are fewer rows than that.
+    """
+    every = max(2, math.floor(1 / held_out))
+    if num_rows < every:
+        raise CalibrationError(
+            f"{num_rows} calibration rows are too few to hold out one in {every}: "
+            f"give more rows, {every} at least, or shorter ones"
+        )
+    return every
 
 
 def _places(num_windows: int, every: int) -> Tensor:
