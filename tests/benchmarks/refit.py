@@ -14,6 +14,7 @@ import torch
 
 from tests.benchmarks import (
     refit_costs,
+    refit_more_tokens,
     refit_numbers,
     refit_parts,
     refit_robustness,
@@ -33,6 +34,7 @@ NEEDED = {
     "refit_passes": "passes",
     "refit_solves": "solve",
     "refit_memory": "peak",
+    "refit_more_tokens": refit_more_tokens.PART,
 }
 """Tables that are not written before something of this part is measured."""
 VERSION = 2
@@ -43,6 +45,7 @@ PARTS: dict[str, Callable[[Store], None]] = {
     "thinned": refit_parts.thinned,
     "other_domains": refit_parts.other_domains,
     "sizes": refit_parts.sizes,
+    "more_tokens": refit_more_tokens.more_tokens,
     "solvers": refit_parts.solvers,
     "controls": refit_parts.controls,
     "cost": refit_numbers.cost,
@@ -69,6 +72,7 @@ def render(store: Store) -> dict[str, str]:
         "refit_passes": refit_costs.passes(store),
         "refit_solves": refit_costs.solves(store),
         "refit_memory": refit_costs.memory(store),
+        "refit_more_tokens": refit_more_tokens.table(store),
     }
     tables["refit"] += "\n\n" + refit_robustness.never_worse(store)
     RESULTS.mkdir(exist_ok=True)
