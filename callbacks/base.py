@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +26,7 @@ from lit_moe.criteria import (
     score_evidence,
 )
 from lit_moe.distill.images import takes_images
-from lit_moe.errors import LitMoEError
+from lit_moe.errors import LitMoEError, NoEffectWarning
 from lit_moe.module import MoEModule
 from lit_moe.plan import KeepPlan
 from lit_moe.plans import Plan, only_drops
@@ -40,6 +42,7 @@ from lit_moe.sharding.partitions import is_partitioned
 from lit_moe.stats import GATHERABLE, GradientObservation, Observation, observe, observe_gradients
 from lit_moe.surgery import shrink
 from lit_moe.vmoe.configuration import num_tokens
+from lit_moe.vmoe.ties import tie_under_expert_choice
 
 SUPER_EXPERTS = "super-experts"
 Kept = Mapping[str, Sequence[int]]
@@ -162,8 +165,9 @@ class ExpertPruning(Callback):
         writer = report_writer(trainer)
         if hasattr(self.criterion, "progress"):
             self.criterion.progress = trainer.is_global_zero
-        with writer.phase("score"):
+        with writer.phase("score"), _noted(writer):
             scores = score_evidence(self.criterion, evidence)
+            _warn_of_ties(evidence, scores, self.criterion.name)
         writer.scores = writer.scores or dict(scores)
         seen = evidence.gradients or evidence.observation
         if seen is None or not self.criterion.needs & {"routing", "gradients"}:
@@ -273,6 +277,27 @@ class ExpertPruning(Callback):
         total = trainer.strategy.reduce(tokens, reduce_op="sum")
         report_writer(trainer).report.calibration.tokens = int(total)
         return batches
+
+
+@contextmanager
+def _noted(writer: ReportWriter) -> Iterator[None]:
+    """Write warnings of no effect into the report too, each sentence once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoEffectWarning)
+        yield
+    noted = writer.report.warnings
+    for warning in caught:
+        sentence = str(warning.message)
+        if issubclass(warning.category, NoEffectWarning) and sentence not in noted:
+            noted.append(sentence)
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _warn_of_ties(evidence: Evidence, scores: Mapping[str, Tensor], criterion: str) -> None:
+    model = evidence.model
+    sentence = model and tie_under_expert_choice(model.config, scores, criterion)
+    if sentence:
+        warnings.warn(sentence, NoEffectWarning, stacklevel=2)
 
 
 def _check_takes_images(criterion: Criterion) -> None:

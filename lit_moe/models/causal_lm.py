@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -52,8 +56,8 @@ def build_model(
             anew, at random.
 
     Raises:
-        LitMoEError: if ``architecture`` lacks a known ``model_type``, or the folder is missing or
-            damaged.
+        LitMoEError: if ``architecture`` lacks a known ``model_type`` or has a misspelt field,
+            or the folder is missing or damaged.
     """
     if architecture is not None:
         labels = {} if num_labels is None else {"num_labels": num_labels}
@@ -158,7 +162,49 @@ def _from_architecture(architecture: dict[str, Any], dtype: DType) -> PreTrained
     chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     images = type(config) in AutoModelForImageClassification._model_mapping
     auto = AutoModelForImageClassification if images else AutoModelForCausalLM
+    model_class = auto._model_mapping.get(type(config), None)
+    module = inspect.getmodule(model_class)
+    _check_fields(fields, config, "" if module is None else inspect.getsource(module))
     if not loads_partitioned():
         return auto.from_config(config, dtype=chosen)
     with torch.random.fork_rng():  # only the first rank draws; all shall go on alike
         return auto.from_config(config, dtype=chosen)
+
+
+def _check_fields(fields: Mapping[str, Any], config: PreTrainedConfig, source: str) -> None:
+    """Refuse misspelt fields, which transformers would only hang on to the config, unread.
+
+    Fields of other words pass: a config.json from elsewhere may have some that nobody reads.
+
+    Args:
+        fields: as they were given.
+        config: made of them.
+        source: of the model, which may read a field that its config does not declare.
+    """
+    kind = type(config)
+    declared = {field.name for field in dataclasses.fields(kind)} | set(config.attribute_map)
+    for name, value in fields.items():
+        own = getattr(config, name, None)
+        if isinstance(value, Mapping) and isinstance(own, PreTrainedConfig):
+            _check_fields(value, own, source)
+        known = name in declared or hasattr(kind, name) or f'"{name}"' in source
+        if known or name not in vars(config):  # older names are taken out when they are read
+            continue
+        meant = _nearest(name, declared | {"num_labels"})
+        if meant is not None:
+            raise LitMoEError(
+                f"architecture has a field {name!r}, which {kind.__name__} does not know; the "
+                f"nearest that it knows is {meant!r}"
+            )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the field that a misspelt one was meant to be; None if it is another word.
+
+    >>> _nearest("num_expert", ["num_experts", "hidden_size"])
+    'num_experts'
+    >>> _nearest("moe_hidden_size", ["num_experts", "hidden_size"])
+    """
+    spelt = [n for n in sorted(known) if not name.endswith(f"_{n}")]
+    found = difflib.get_close_matches(name, spelt, n=1, cutoff=0.8)
+    return found[0] if found else None

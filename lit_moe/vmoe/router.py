@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
 from lit_moe.vmoe.configuration import VMoEConfig
-from lit_moe.vmoe.routing import choose_tokens, importance_loss, load_loss, only_own_rows
+from lit_moe.vmoe.routing import best_rows, choose_tokens, importance_loss, load_loss, only_own_rows
 
 
 class VMoERouter(nn.Module):
@@ -48,8 +48,8 @@ class VMoERouter(nn.Module):
         if self.training or self.aux_loss is not None:  # setting attributes of modules takes long
             self.aux_loss = self._auxiliary(logits_TR, noisy_TR) if self.training else None
         # Over a last dimension of a few numbers softmax is several times slower.
-        probability_TR = torch.softmax(noisy_TR.T.contiguous(), dim=0).T
-        gates_TK, rows_TK = torch.topk(probability_TR, top_k, dim=-1)
+        probability_RT = torch.softmax(noisy_TR.T.contiguous(), dim=0)
+        gates_TK, rows_TK = best_rows(probability_RT, top_k)
         return logits_TR, gates_TK.to(hidden_BSH.dtype), rows_TK
 
     def __getstate__(self) -> dict[str, Any]:

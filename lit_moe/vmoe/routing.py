@@ -67,18 +67,31 @@ def places_with_room(
     (tensor([1, 2, 0]), tensor([[2, 0, 1]]))
     """
     (num_tokens, top_k), device, nowhere = index_TK.shape, index_TK.device, num_experts * capacity
-    order_T = torch.arange(num_tokens, device=device)
-    if priority_T is not None:
+    if priority_T is None:
+        order_T = torch.arange(num_tokens, device=device)
+    else:
         order_T = torch.argsort(priority_T, descending=True, stable=True)
     rows_S = index_TK.index_select(0, order_T).T.reshape(-1)
     is_row_RS = rows_S == torch.arange(num_rows + 1, device=device)[:, None]
     turn_S = is_row_RS.cumsum(dim=1, dtype=torch.int32).gather(0, rows_S[None])[0]
     place_S = torch.add(turn_S - 1, rows_S, alpha=capacity)
     place_S = torch.where(turn_S <= capacity, place_S, nowhere).clamp_(max=nowhere)
-    token_P = order_T.new_zeros(nowhere + 1).scatter_(0, place_S, order_T.repeat(top_k))
+    token_S = order_T if top_k == 1 else order_T.repeat(top_k)
+    token_P = order_T.new_zeros(nowhere + 1).scatter_(0, place_S, token_S)
     place_KT = place_S.view(top_k, num_tokens)
     order_KT = order_T.expand(top_k, num_tokens)
     return token_P, torch.empty_like(place_KT).scatter_(1, order_KT, place_KT)
+
+
+def best_rows(probability_RT: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the largest probabilities of each token and their rows, ``(T, K)``, best first.
+
+    Of equal ones any row may be chosen, with one row per token the first.
+    """
+    if top_k > 1:
+        return torch.topk(probability_RT.T, top_k, dim=-1)
+    gate_T, row_T = probability_RT.max(dim=0)  # several times quicker
+    return gate_T[:, None], row_T[:, None]
 
 
 def capacity_of(num_slots: int, num_rows: int, factor: float) -> int:

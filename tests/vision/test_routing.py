@@ -10,6 +10,7 @@ from lit_moe.vmoe.block import VMoEBlock
 from lit_moe.vmoe.configuration import VMoEConfig
 from lit_moe.vmoe.modeling import averaged
 from lit_moe.vmoe.routing import (
+    best_rows,
     capacity_of,
     choose_tokens,
     importance_loss,
@@ -221,3 +222,16 @@ def test_several_choices_are_added_up_as_one_by_one(factor):
         ]
     )
     torch.testing.assert_close(block(hidden).view(-1, 32), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_row_is_that_of_topk_bit_for_bit_and_the_first_of_equals():
+    generator = torch.Generator().manual_seed(0)
+    probability = torch.rand(8, 500, generator=generator).softmax(dim=0).requires_grad_()
+    gates, rows = best_rows(probability, 1)
+    expected = torch.topk(probability.T, 1, dim=-1)
+    assert torch.equal(gates, expected.values)
+    assert torch.equal(rows, expected.indices)
+    (found,) = torch.autograd.grad(gates.square().sum(), probability)
+    (wanted,) = torch.autograd.grad(expected.values.square().sum(), probability)
+    assert torch.equal(found, wanted)
+    assert best_rows(torch.tensor([[0.2], [0.4], [0.4]]), 1)[1].tolist() == [[1]]
