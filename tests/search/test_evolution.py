@@ -52,7 +52,7 @@ def test_every_candidate_keeps_the_counts_it_was_asked_to():
 def test_by_cost_children_share_all_groups_but_one_with_a_parent():
     groups = toy_groups(4)
     rates = Rates(touch="by_cost", discrete_crossover=0.3, normalise=0.5)
-    run = toy_run(groups=groups, counts=(3,) * 4, rates=rates)
+    run = toy_run(groups=groups, counts=(3,) * 4, rates=rates, bound=False)
     run.run()
     known = {one.genome.key: one.genome for one in run.evolution.population.ranked}
     for line in run.history.lines:
