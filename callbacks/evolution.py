@@ -247,7 +247,8 @@ class EvolutionarySearch(Callback):
         self, trainer: Trainer, module: MoEModule, search: Search, *, in_validation: bool
     ) -> tuple[Outcome, SearchReport]:
         if self.effort.bound and self.racing is None:
-            search.scorers["search"].ask_hardest_first()
+            with search.live.active(self.space.top_k):
+                search.scorers["search"].ask_hardest_first(search.problem.probes())
         for scorer in search.scorers.values():
             scorer.learn_whole()
         report = self._begun_report(search)

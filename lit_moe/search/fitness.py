@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moe.distill.step import IGNORED
 from lit_moe.errors import LitMoEError
 from lit_moe.evaluate.chat import ChatFormat
 from lit_moe.evaluate.generation import GenerationOptions, generate_answers
@@ -104,9 +103,10 @@ class AnswerTokens(RowFitness):
     def points(self, logits_BSV: Tensor, batch: RowBatch, whole: Compressed | None) -> Tensor:
         """See :meth:`RowFitness.points`."""
         del whole
-        labels_BS = batch.labels[:, 1:].to(logits_BSV.device)
-        hit_BS = logits_BSV[:, :-1].argmax(dim=-1) == labels_BS
-        is_all = (hit_BS | (labels_BS == IGNORED)).all(dim=1).cpu()
+        row_P, place_P = batch.predicting
+        likeliest_P = batch.predictions(logits_BSV).argmax(dim=-1).cpu()
+        missed_P = likeliest_P != batch.labels[row_P, place_P + 1]
+        is_all = torch.bincount(row_P[missed_P], minlength=len(batch.labels)) == 0
         return 100.0 * is_all[batch.is_right].double()
 
 
@@ -256,10 +256,8 @@ class WrittenAnswers(Fitness):
 
 def _predicting(logits_BSV: Tensor, batch: RowBatch) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities of all places that predict something, and their rows."""
-    row, place = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    device = logits_BSV.device
-    log_PV = logits_BSV[row.to(device), place.to(device)].float().log_softmax(dim=-1)
-    return log_PV, row
+    row_P, _ = batch.predicting
+    return batch.predictions(logits_BSV).float().log_softmax(dim=-1), row_P
 
 
 def _with_rest(shares_PM: Tensor) -> Tensor:

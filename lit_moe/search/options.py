@@ -128,8 +128,9 @@ class Effort:
             (released: 20). 0 takes the best of the search split.
         bound: stop evaluating a candidate as soon as it can neither become a parent nor be listed,
             whatever it does on the samples left (ours). The search comes to the same candidates
-            and the same result, and questions that the whole model finds hardest are asked first.
-            Without effect under racing.
+            and the same result, and questions that four random candidates do worst on are asked
+            first. It can stop between batches only: give ``samples.batch_size`` a fraction of the
+            samples. Without effect under racing.
         seed: of everything that is drawn (released: 11450).
     """
 

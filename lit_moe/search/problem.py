@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from lit_moe.errors import LitMoEError
 from lit_moe.search.genome import Genome
 from lit_moe.search.groups import LayerGroup
+from lit_moe.search.variation import random_genome
 
 Phase = Literal["discrete", "continuous"]
 How = Literal["start", "random", "moved", "given", "crossed", "shaken"]
@@ -82,6 +85,16 @@ class Problem:
     def total(self, counts: Sequence[int]) -> int:
         """Return the experts of all layers together."""
         return sum(len(g.layers) * n for g, n in zip(self.groups, counts, strict=True))
+
+    def probes(self, num: int = 4, *, seed: int = 0) -> list[Genome]:
+        """Return random candidates, to learn which samples such candidates do worst on.
+
+        None where nothing is dropped: candidates are then like the whole model.
+        """
+        if self.drops_nothing:
+            return []
+        draw = np.random.Generator(np.random.PCG64(seed))
+        return [random_genome(draw, self.groups, self.counts) for _ in range(num)]
 
     @property
     def drops_nothing(self) -> bool:

@@ -1,18 +1,19 @@
 """Samples as rows of tokens that stay the same for all candidates.
 
-B rows in a batch, S tokens, V vocabulary, N samples in a batch.
+B rows in a batch, S tokens, V vocabulary, N samples in a batch, P places that predict something.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_moe.distill.losses import next_token_nll
 from lit_moe.distill.step import IGNORED
 from lit_moe.evaluate.encoding import answer_ids, begun_prompt_ids
 from lit_moe.evaluate.prompts import Prompting, TaskItem
@@ -65,10 +66,25 @@ class RowBatch:
 
     def nats(self, logits_BSV: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nats of each row and its predicted tokens, shape ``(B,)``, float64."""
-        counted = (self.labels != IGNORED).to(logits_BSV.device)
-        ids = self.input_ids.to(logits_BSV.device)
-        nll = next_token_nll(logits_BSV, ids, counted).double()
-        return nll.sum(dim=1).cpu(), counted[:, 1:].double().sum(dim=1).cpu()
+        row_P, place_P = self.predicting
+        logits_PV = self.predictions(logits_BSV).float()
+        ids_P = self.input_ids[row_P, place_P + 1].to(logits_PV.device)
+        nll_P = F.cross_entropy(logits_PV, ids_P, reduction="none").double().cpu()
+        nll_BS = torch.zeros(self.labels[:, 1:].shape, dtype=torch.float64)
+        nll_BS[row_P, place_P] = nll_P
+        return nll_BS.sum(dim=1), torch.bincount(row_P, minlength=len(self.labels)).double()
+
+    @cached_property
+    def predicting(self) -> tuple[Tensor, Tensor]:
+        """Row and place of all P places that predict a token that counts, each shape ``(P,)``."""
+        row_P, place_P = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        return row_P, place_P
+
+    def predictions(self, logits_BSV: Tensor) -> Tensor:
+        """Return the logits at :attr:`predicting`, shape ``(P, V)``."""
+        row_P, place_P = self.predicting
+        at_P = (row_P * logits_BSV.shape[1] + place_P).to(logits_BSV.device)
+        return logits_BSV.flatten(0, 1).index_select(0, at_P)
 
 
 def text_batches(rows: Sequence[Mapping[str, Tensor]], batch_size: int) -> list[RowBatch]:

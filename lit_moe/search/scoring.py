@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from lit_moe.search.live import LiveModel
 from lit_moe.search.population import Score
 from lit_moe.search.report import SplitPoints
 from lit_moe.search.request import Floor
+from lit_moe.search.rows import RowBatch
 from lit_moe.search.splits import SplitData
 
 _REMEMBERED = 256
@@ -98,21 +99,35 @@ class SplitScorer:
         return len(self._data.rows)
 
     @property
+    def batches(self) -> tuple[RowBatch, ...]:
+        """What is run, in order."""
+        return tuple(self._batches)
+
+    @property
     def layers_run(self) -> int:
         """Layers computed so far, over all batches; 0 without kept hidden states."""
         return 0 if self._cache is None else self._cache.layers_run
 
-    def ask_hardest_first(self) -> None:
-        """Put those samples first that the whole model does worst on; before anything is scored.
+    def ask_hardest_first(self, probes: Sequence[Genome] = ()) -> None:
+        """Put those samples first that models do worst on; before anything is scored.
 
         Evaluations that a floor may stop then stop sooner. All measures stay what they were.
+
+        Args:
+            probes: candidates like those to come, whose mean decides; none for the whole model.
         """
         finer = self._measures.finer
         if finer.needs_whole:
             return
-        parts = [finer.points(self._logits(i), end, None) for i, end in enumerate(self._ends)]
-        points = torch.cat(parts)
+        points = sum((self._finer_points(probe) for probe in probes or (None,)), torch.zeros(()))
         self._arrange(self._data.reordered(points.argsort(stable=True).tolist()))
+
+    def _finer_points(self, genome: Genome | None) -> Tensor:
+        """Return the finer measure's points of all samples, where no whole model is needed."""
+        finer, tags = self._measures.finer, self._live.tags(genome)
+        with nullcontext() if genome is None else self._live.applied(genome):
+            parts = [finer.points(self._logits(i, tags), e, None) for i, e in enumerate(self._ends)]
+        return torch.cat(parts)
 
     def learn_whole(self) -> None:
         """Keep what the whole model says, for measures that compare with it."""

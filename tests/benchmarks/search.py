@@ -1,27 +1,29 @@
-"""Candidates per second of the evolutionary search against a whole forward for each of them.
+"""Whole evolutionary searches against naive ones that come to the same candidates and scores.
 
-A 12-layer model with random weights; the candidates are those that a real search of negative loss
-comes to. Naive: every candidate that the released rates draw, duplicates too, its maps put together
-anew, all layers run. Scores are compared bit for bit; seconds are those of the process, so that
-other programs do not count.
+A 12-layer model; half of its experts are chosen, then merged. Naive: every candidate that the
+operators draw is evaluated, duplicates too, by a plain forward of the model from the first layer,
+logits at every place, its maps put together anew. Ours: what users run, with everything that spares
+work: duplicates are not evaluated, hidden states in front of the first change and merged experts
+are kept, logits are made where something is predicted, and candidates that cannot count are stopped
+between batches. Seconds are those of the process, so that other programs do not count.
 
-What sharing hidden states can give is bounded by the layers behind the first changed group, however
-many candidates are remembered: under the released rates a child changes each group with a chance of
-its own, so that the first change comes early. ``bound`` is that limit; nothing else of a candidate
-is the same, to the bit, as anything that was computed before.
+Both searches must come to the same candidates, in the same order, and the same result; every score
+that ours took in full must be the naive one, bit for bit, and no bound may be below it.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from lit_moe.adapters import find_sites
 from lit_moe.search import (
+    AnswerTokens,
     Effort,
     Evolution,
     Genome,
@@ -32,18 +34,25 @@ from lit_moe.search import (
     NegativeLoss,
     Problem,
     Rates,
+    RowFitness,
+    Score,
     SearchRun,
-    SplitData,
     SplitScorer,
     group_layers,
 )
 from lit_moe.search.groups import Grouping
-from lit_moe.search.population import Score
+from lit_moe.search.history import Line
+from lit_moe.search.request import Request
+from lit_moe.search.rows import RowBatch
+from tests.benchmarks.search_task import EXPERTS, LAYERS, questions, trained_model
 from tests.benchmarks.timing import markdown
 
-LAYERS, EXPERTS, KEPT = 12, 8, 4
-ROWS, TOKENS, BATCH = 32, 32, 32
-EFFORT = Effort(initial=10, discrete=100, total=200, rerank=0)
+KEPT, BATCH = EXPERTS // 2, 32
+SIZES = {"search": 64, "dev": 32}
+EFFORT = Effort(initial=30, discrete=100, total=400, rerank=20)
+BYTES = 1 << 29
+Batches = Mapping[str, Sequence[RowBatch]]
+"""Split -> what is run, in order."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +61,169 @@ class Setting:
 
     name: str
     groups: Grouping
-    rates: Rates = field(default_factory=Rates)
+    rates: Rates
+    fitness: RowFitness
 
 
-SETTINGS = (
-    Setting("4 groups, released rates", 4),
-    Setting("4 groups, touched by cost", 4, Rates(touch="by_cost")),
-    Setting("per layer, released rates", "per_layer"),
-    Setting("per layer, touched by cost", "per_layer", Rates(touch="by_cost")),
+GROUPINGS: tuple[tuple[str, Grouping], ...] = (("4", 4), (str(LAYERS), "per_layer"))
+SETTINGS = tuple(
+    Setting(f"{groups} groups, {rates}, {measure}", number, options, fitness)
+    for measure, fitness in (("negative loss", NegativeLoss()), ("right answers", AnswerTokens()))
+    for groups, number in GROUPINGS
+    for rates, options in (("released rates", Rates()), ("by cost", Rates(touch="by_cost")))
 )
 
 
-def twelve_layers() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=1024,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
-        max_position_embeddings=TOKENS,
-    )
-    return MixtralForCausalLM(config).eval()
+class Drawing(Evolution):
+    """Keeps every proposal that was drawn for the present generation, duplicates too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.drawn: list[Genome] = []
+        self.num_drawn = 0
+
+    def _new(self, child):
+        self.drawn.append(child.genome)
+        self.num_drawn += 1
+        return super()._new(child)
 
 
-def samples() -> SplitData:
-    ids = torch.randint(3, 1000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-    return SplitData([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids])
+class Naive:
+    """Evaluates everything that is drawn, by plain forwards."""
+
+    width = 1
+
+    def __init__(
+        self, live: LiveModel, batches: Batches, fitness: RowFitness, finer: RowFitness
+    ) -> None:
+        self._live, self._batches, self._measures = live, batches, (fitness, finer)
+        self.evolution: Drawing | None = None
+
+    def num_samples(self, split: str) -> int:
+        return SIZES[split]
+
+    def __call__(self, requests: Sequence[Request]) -> list[Score]:
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: Request) -> Score:
+        assert self.evolution is not None
+        again = self.evolution.drawn if request.split == "search" else []
+        while again:
+            genome = again.pop(0)
+            if genome == request.genome:
+                break
+            self.score(request.split, genome)
+        return self.score(request.split, request.genome)
+
+    def score(self, split: str, genome: Genome | None) -> Score:
+        """Return the score of a candidate: as it was drawn, nothing of it is known."""
+        measures = {measure.name: measure for measure in self._measures}
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in measures}
+        fresh = genome and Genome(tuple(replace(maps) for maps in genome.maps))
+        with nullcontext() if fresh is None else self._live.applied(fresh), torch.no_grad():
+            for batch in self._batches[split]:
+                logits = self._live.model(**batch.inputs, use_cache=False).logits
+                for name, measure in measures.items():
+                    found[name].append(measure.points(logits, batch, None))
+        fitness, finer = (float(torch.cat(found[one.name]).mean()) for one in self._measures)
+        return Score(fitness, finer)
+
+
+@dataclass
+class Searched:
+    """A search that is over, what it took, and what it ran on."""
+
+    run: SearchRun
+    seconds: float
+    drawn: int
+    layers: float
+    batches: Batches
+
+    @property
+    def lines(self) -> list[Line]:
+        return self.run.history.lines
+
+
+def ours(model, setting: Setting, effort: Effort = EFFORT, *, num_bytes: int = BYTES) -> Searched:
+    begin = time.process_time()
+    live, problem = _live(model, setting, cache_bytes=num_bytes // 4), _problem(model, setting)
+    measures = Measures(setting.fitness, NegativeLoss(), BATCH)
+    scorers = {
+        name: SplitScorer(live, questions(num, seed=i), replace(measures, prefix_bytes=share))
+        for i, (name, num, share) in enumerate(_shares(num_bytes))
+    }
+    scorers["search"].ask_hardest_first(problem.probes())
+    evolution = Drawing(problem, setting.rates, effort)
+    run = SearchRun(evolution, ModelEvaluator(scorers, live), History("ours"))
+    run.run()
+    seconds = time.process_time() - begin
+    batches = {name: scorer.batches for name, scorer in scorers.items()}
+    layers = scorers["search"].layers_run / len(batches["search"]) / effort.total
+    return Searched(run, seconds, evolution.num_drawn, layers, batches)
+
+
+def naive(model, setting: Setting, batches: Batches, effort: Effort = EFFORT) -> Searched:
+    live = _live(model, setting, cache_bytes=0)
+    evaluator = Naive(live, batches, setting.fitness, NegativeLoss())
+    evaluator.score("search", None)
+    begin = time.process_time()
+    evolution = Drawing(_problem(model, setting), setting.rates, replace(effort, bound=False))
+    evaluator.evolution = evolution
+    run = SearchRun(evolution, evaluator, History("naive"))
+    run.run()
+    seconds = time.process_time() - begin
+    return Searched(run, seconds, evolution.num_drawn, LAYERS, batches)
+
+
+def same_results(fast: Searched, plain: Searched) -> tuple[int, float]:
+    """Return how many scores differ in any bit, and by how many points at most.
+
+    Raises:
+        AssertionError: if the searches came to different candidates or results.
+    """
+    asked = [[(one.split, one.genome, one.draws) for one in s.lines] for s in (fast, plain)]
+    assert asked[0] == asked[1], "other candidates"
+    best = [s.run.outcome() for s in (fast, plain)]
+    assert best[0].best.genome == best[1].best.genome, "another result"
+    others, most = 0, 0.0
+    for mine, whole in zip(fast.lines, plain.lines, strict=True):
+        if mine.score.is_bound:
+            assert mine.score.fitness >= whole.score.fitness, "a bound that is none"
+            continue
+        gaps = [abs(getattr(mine.score, n) - getattr(whole.score, n)) for n in ("fitness", "finer")]
+        others, most = others + (max(gaps) > 0), max(most, *gaps)
+    return others, most
+
+
+def row_of(model, setting: Setting, effort: Effort = EFFORT) -> list[object]:
+    fast = ours(model, setting, effort)
+    plain = naive(model, setting, fast.batches, effort)
+    assert fast.drawn == plain.drawn
+    others, most = same_results(fast, plain)
+    num = fast.run.evolution.evaluated
+    stopped = sum(line.score.is_bound for line in fast.lines)
+    return [
+        setting.name,
+        f"{plain.drawn / plain.seconds:.2f}",
+        f"{fast.drawn / fast.seconds:.2f}",
+        f"{plain.seconds / fast.seconds:.2f}",
+        f"{fast.drawn / num:.2f}",
+        f"{fast.layers:.1f}",
+        f"{100 * stopped / num:.0f} %",
+        "yes" if not others else f"{others} of {len(fast.lines)} by at most {most:.1e}",
+    ]
+
+
+HEADER = [
+    "search",
+    "naive, proposals/s",
+    "ours, proposals/s",
+    "ratio",
+    "proposals per new candidate",
+    f"layers run, of {LAYERS}",
+    "stopped",
+    "same bits",
+]
 
 
 def bound(num_groups: int, chance: float) -> float:
@@ -107,86 +249,32 @@ def bounds() -> str:
         [f"{num} groups", *(f"{bound(num, chance):.2f}" for chance in chances.values())]
         for num in (4, LAYERS)
     ]
-    return markdown(["released rates, at most", *chances], rows)
-
-
-class Proposals(Evolution):
-    """Counts the proposals, duplicates too, behind each candidate that is evaluated."""
-
-    drawn: int = 0
-
-    def _new(self, child):
-        self.drawn += 1
-        return super()._new(child)
-
-
-def scorer_of(live: LiveModel, *, prefix_bytes: int) -> SplitScorer:
-    measures = Measures(NegativeLoss(), NegativeLoss(), BATCH, prefix_bytes)
-    return SplitScorer(live, samples(), measures)
-
-
-def searched(model, setting: Setting, effort: Effort) -> tuple[SearchRun, float, int, int]:
-    """Return a finished search, its seconds, proposals drawn, and layers run."""
-    groups = group_layers(find_sites(model), setting.groups)
-    live = LiveModel(model, groups)
-    scorer = scorer_of(live, prefix_bytes=1 << 30)
-    problem = Problem(groups, (KEPT,) * len(groups))
-    evolution = Proposals(problem, setting.rates, effort)
-    run = SearchRun(evolution, ModelEvaluator({"search": scorer}, live), History("benchmark"))
-    start = time.process_time()
-    run.run()
-    return run, time.process_time() - start, evolution.drawn, scorer.layers_run
-
-
-def naive_scores(model, setting: Setting, genomes: list[Genome]) -> tuple[list[Score], float]:
-    groups = group_layers(find_sites(model), setting.groups)
-    live = LiveModel(model, groups, cache_bytes=0)
-    scorer = scorer_of(live, prefix_bytes=0)
-    scorer.score(genomes[0])
-    start = time.process_time()
-    fresh = [replace(genome) for genome in genomes]
-    scores = [scorer.score(genome) for genome in fresh[1:]]
-    return scores, (time.process_time() - start) / len(scores)
-
-
-def row_of(model, setting: Setting, effort: Effort = EFFORT) -> list[object]:
-    run, seconds, drawn, layers = searched(model, setting, effort)
-    ranked = sorted(run.evolution.population.ranked, key=lambda one: one.number)
-    scores, per_candidate = naive_scores(model, setting, [one.genome for one in ranked])
-    assert scores == [one.score for one in ranked[1:]]
-    fast = seconds / len(ranked)
-    batches = -(-ROWS // BATCH)
-    return [
-        setting.name,
-        f"{1 / per_candidate:.2f}",
-        f"{1 / fast:.2f}",
-        f"{per_candidate / fast:.2f}",
-        f"{drawn / len(ranked):.2f}",
-        f"{per_candidate / fast * drawn / len(ranked):.2f}",
-        f"{layers / batches / len(ranked):.1f} of {LAYERS}",
-        f"{LAYERS * batches * len(ranked) / layers:.2f}",
-    ]
-
-
-HEADER = [
-    "search",
-    "naive, candidates/s",
-    "ours, candidates/s",
-    "ratio",
-    "proposals per new candidate",
-    "ratio with duplicates",
-    "layers run",
-    "ratio if nothing but layers took time",
-]
+    return markdown(["sharing layers, released rates, at most", *chances], rows)
 
 
 def run() -> str:
-    model = twelve_layers()
+    torch.set_num_threads(1)
+    model = trained_model()
     rows = []
     for setting in SETTINGS:
         rows.append(row_of(model, setting))
         print(*rows[-1], sep=" | ", flush=True)
     return f"{markdown(HEADER, rows)}\n\n{bounds()}"
+
+
+def _shares(num_bytes: int) -> list[tuple[str, int, int]]:
+    """Return split, samples, and bytes for hidden states, as EvolutionarySearch shares them."""
+    parts = {"search": num_bytes // 2, "dev": num_bytes // 4}
+    return [(name, SIZES[name], part) for name, part in parts.items()]
+
+
+def _live(model, setting: Setting, *, cache_bytes: int) -> LiveModel:
+    return LiveModel(model, _problem(model, setting).groups, cache_bytes=cache_bytes)
+
+
+def _problem(model, setting: Setting) -> Problem:
+    groups = group_layers(find_sites(model), setting.groups)
+    return Problem(groups, (KEPT,) * len(groups))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lit_moe.search import (
     Genome,
     Measures,
     NegativeLoss,
+    Problem,
     Rates,
     Score,
     SplitData,
@@ -22,7 +23,7 @@ from lit_moe.search import (
 from lit_moe.search.population import Individual, Population
 from lit_moe.search.request import Floor
 from tests.search.test_scoring import live_of, some_genomes, task_data, text_data
-from tests.search.toy import RACING, ToyEvaluator, toy_run
+from tests.search.toy import RACING, ToyEvaluator, toy_groups, toy_run
 
 
 @pytest.fixture
@@ -190,6 +191,34 @@ def test_the_hardest_samples_come_first_and_nothing_else_changes(model, tokenize
     assert firsts[1] < firsts[0]
     asked = [sorted(scorer._data.identities()) for scorer in scorers]
     assert asked[0] == asked[1]
+
+
+def test_samples_are_ordered_by_what_probes_do_worst_on(model):
+    groups = live_of(model).groups
+    probes = Problem(groups, (3, 3)).probes()
+    measures = Measures(NegativeLoss(), NegativeLoss(), batch_size=1)
+    before, after = (SplitScorer(live_of(model), text_data(), measures) for _ in range(2))
+    after.ask_hardest_first(probes)
+    rows = [one.input_ids for one in before.batches]
+
+    def hardness(scorer, num):
+        return np.mean([scorer.score(probe, num).finer for probe in probes])
+
+    for num in range(1, len(rows)):
+        assert hardness(after, num) <= hardness(after, num + 1) + 1e-9
+    assert hardness(after, 1) < hardness(before, 1) or torch.equal(
+        rows[0], after.batches[0].input_ids
+    )
+    assert hardness(after, len(rows)) == pytest.approx(hardness(before, len(rows)), rel=1e-5)
+
+
+def test_probes_are_the_same_for_all_and_none_where_nothing_is_dropped():
+    groups = toy_groups()
+    first, same = (Problem(groups, (3, 5)).probes() for _ in range(2))
+    assert first == same
+    assert len({probe.key for probe in first}) == 4
+    assert {probe.counts for probe in first} == {(3, 5)}
+    assert Problem(groups, (8, 8)).probes() == []
 
 
 def test_logits_are_made_where_something_is_predicted(model):
